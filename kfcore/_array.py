@@ -1,0 +1,178 @@
+"""The one door to array libraries.
+
+Everything the core knows about a particular library passes through here: finding the namespace of an array, reading an
+array on the host, and the two narrow hooks by which a library may do better than the portable reference,
+
+* *kernels*, faster versions of a handful of named primitives (see :mod:`kfcore.linalg`), and
+* *control flow*, what ``if`` means: a host branch by default, ``jax.lax.cond`` under JAX.
+
+The functions of the core find ``xp`` once per public call and pass it down as their first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy
+
+Array: TypeAlias = Any
+"""An array of any library that follows the Python array API."""
+
+Namespace: TypeAlias = Any
+"""The module that holds the functions of an array library."""
+
+Schedule: TypeAlias = Callable[[Any], Any]
+"""A function of the step number (an int, or a 0-d integer array under a trace)."""
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """Array-API namespace shared by ``arrays``; ``None`` and Python scalars are ignored.
+
+    Raises
+    ------
+    TypeError
+        If nothing in ``arrays`` is an array of a known library, or if libraries are mixed.
+    """
+    try:
+        return array_api_compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in arrays})
+        raise TypeError(
+            f"`arrays` must all belong to one array-API library, got {', '.join(kinds) or 'nothing'}; "
+            "convert them (for example with numpy.asarray) before the call"
+        ) from error
+
+
+def library(xp: Namespace) -> str:
+    """Short name of a namespace: ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``, ``"array_api_strict"``, ..."""
+    parts = xp.__name__.split(".")
+    return parts[1] if parts[0] == "array_api_compat" else parts[0]
+
+
+def device(x: Array) -> Any:
+    """Device of ``x`` as its library names it, or ``None`` under a trace."""
+    return array_api_compat.device(x)
+
+
+def factor_dtype(xp: Namespace, dtype: Any) -> Any:
+    """Dtype of the curvature factors of a model in ``dtype``: ``float64`` stays, everything narrower is ``float32``."""
+    return xp.float64 if dtype == xp.float64 else xp.float32
+
+
+def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
+    """``x`` in ``dtype``, itself where it already is."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def scalar(xp: Namespace, value: float | Array, like: Array) -> Array:
+    """``value`` as a 0-d array (or as the array it is) in the dtype and on the device of ``like``."""
+    if isinstance(value, (int, float)):
+        return xp.asarray(float(value), dtype=like.dtype, device=device(like))
+    return cast(xp, value, like.dtype)
+
+
+def is_real_floating(xp: Namespace, x: Array) -> bool:
+    """Whether ``x`` holds real floating-point numbers (half and bfloat16 included)."""
+    return bool(xp.isdtype(x.dtype, "real floating"))
+
+
+def counter(xp: Namespace, value: int = 0) -> Array:
+    """A 0-d int32 array that the host can read without waiting for a device.
+
+    It lives on the CPU of its own library where that has one, and is a NumPy array for CuPy.
+    """
+    if library(xp) == "cupy":
+        return numpy.asarray(value, dtype=numpy.int32)
+    host = "cpu" if library(xp) == "torch" else None
+    return xp.asarray(value, dtype=xp.int32, device=host)
+
+
+def known(x: int | Array) -> int | None:
+    """The integer in ``x``, or ``None`` under a trace, where it has no value yet."""
+    return int(x) if isinstance(x, int) or device(x) is not None else None
+
+
+def to_numpy(x: Array) -> numpy.ndarray:
+    """Copy of ``x`` on the host as a NumPy array."""
+    if isinstance(x, numpy.ndarray | numpy.generic | int | float):
+        return numpy.array(x)
+    name = library(namespace(x))
+    if name == "torch":
+        return x.detach().cpu().numpy().copy()
+    if name == "cupy":
+        return x.get()
+    if name == "array_api_strict":
+        # the strict library refuses every implicit transfer, so cross over explicitly
+        host = namespace(x).asarray(0.0).device
+        return numpy.from_dlpack(x.to_device(host)).copy()
+    return numpy.array(x)
+
+
+def from_numpy(value: numpy.ndarray, like: Array) -> Array:
+    """``value`` in the library and on the device of ``like``, keeping the dtype of ``value``."""
+    xp = namespace(like)
+    dtype = getattr(xp, value.dtype.name)
+    return xp.asarray(value.copy(), dtype=dtype, device=device(like))
+
+
+# -- hook 1: kernels ---------------------------------------------------------------------------------------------------
+
+_references: dict[str, Callable[..., Any]] = {}
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def primitive(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``reference(xp, ...)`` a primitive: a portable definition that a library may override by a kernel."""
+    name = reference.__name__
+    _references[name] = reference
+
+    def dispatch(xp: Namespace, *args: Any) -> Any:
+        return _kernels.get((name, library(xp)), reference)(xp, *args)
+
+    dispatch.__name__, dispatch.__doc__ = name, reference.__doc__
+    dispatch.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
+    return dispatch
+
+
+def primitives() -> dict[str, Callable[..., Any]]:
+    """The primitives by name, each as its portable reference."""
+    return dict(_references)
+
+
+def register_kernel(name: str, library: str, function: Callable[..., Any]) -> None:
+    """Let ``library`` compute the primitive ``name`` by ``function``.
+
+    Parameters
+    ----------
+    name
+        One of :func:`primitives`.
+    library
+        Short name of the array library, as :func:`library` gives it: ``"torch"``, ``"jax"``, ``"cupy"``, ...
+    function
+        Called as the reference is, with ``xp`` first. It must not write into its arguments, and must pass the same
+        conformance tests as the reference.
+    """
+    if name not in _references:
+        raise ValueError(f"`name` must be a primitive, got {name!r}; allowed: {', '.join(sorted(_references))}")
+    _kernels[name, library] = function
+
+
+# -- hook 2: control flow ----------------------------------------------------------------------------------------------
+
+_control_flow: dict[str, Callable[..., Any]] = {}
+
+
+def register_cond(library: str, function: Callable[..., Any]) -> None:
+    """Let ``library`` decide what :func:`cond` does with a predicate that is one of its arrays."""
+    _control_flow[library] = function
+
+
+def cond(predicate: bool | Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
+    """``then(*operands)`` if ``predicate`` else ``otherwise(*operands)``: on the host, unless the library says how."""
+    if not isinstance(predicate, bool | numpy.bool_ | numpy.ndarray):
+        chosen = _control_flow.get(library(namespace(predicate)))
+        if chosen is not None:
+            return chosen(predicate, then, otherwise, *operands)
+    return then(*operands) if bool(predicate) else otherwise(*operands)

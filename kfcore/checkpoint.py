@@ -1,0 +1,173 @@
+"""State <-> named arrays and a header: one safetensors file that every framework reads, written at once or not at all.
+
+Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]`` whatever the model's layout), and
+in the metadata one JSON text under ``"kfcore"`` with the format, the counters, and kind, shape and configuration of every block.
+Reading executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kfcore._array import Array, from_numpy, to_numpy
+from kfcore._version import __version__
+from kfcore.optimizer import ModelOptimizer, OptimizerState
+from kfcore.preconditioner import PreconditionerState
+from kfcore.stepsize import StepState
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be loaded into this optimizer, with the reason; nothing was changed."""
+
+
+def save(path: str | os.PathLike[str], optimizer: ModelOptimizer, state: OptimizerState) -> None:
+    """Write ``state`` to ``path``: to a temporary file beside it, which then takes its place.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; an older file at ``path`` is then untouched.
+    """
+    arrays, header = to_arrays(optimizer, state)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(arrays, temporary, metadata={"kfcore": json.dumps(header)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: OptimizerState) -> OptimizerState:
+    """The state in a file, as arrays of the library, device and dtypes of ``like``, a state of ``optimizer``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, not a checkpoint of this library, or of another model or method.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"`path` must be a checkpoint file, got {str(path)!r}, where there is none")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"`path` is truncated or not a safetensors file: {error}") from error
+    if "kfcore" not in metadata:
+        raise CheckpointError("`path` is a safetensors file, but not one that kfcore wrote: its metadata has no 'kfcore'")
+    try:
+        header = json.loads(metadata["kfcore"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"`path` has a damaged kfcore header: {error}") from error
+    return from_arrays(optimizer, like, arrays, header)
+
+
+def to_arrays(optimizer: ModelOptimizer, state: OptimizerState) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
+    """A state as named NumPy arrays and a header of JSON types."""
+    arrays = {name: to_numpy(x) for name, x in _named(optimizer, state).items()}
+    blocks = {
+        name: {"method": block.method.name, "shape": list(block.layer.shape), "config": block.method.config()}
+        for name, block in optimizer.preconditioner.blocks.items()
+    }
+    header = {
+        "format": FORMAT,
+        "version": __version__,
+        "count": int(to_numpy(state.curvature.count)),
+        "observed": int(to_numpy(state.curvature.observed)),
+        "blocks": blocks,
+    }
+    return arrays, header
+
+
+def from_arrays(
+    optimizer: ModelOptimizer, like: OptimizerState, arrays: Mapping[str, numpy.ndarray], header: Mapping[str, Any]
+) -> OptimizerState:
+    """Inverse of :func:`to_arrays`, after everything has been checked against ``like``."""
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"`header` has format {header.get('format')!r}; this version of kfcore reads format {FORMAT}")
+    expected, found = optimizer.preconditioner.blocks, header.get("blocks", {})
+    _same_names("blocks", expected, found)
+    for name, block in expected.items():
+        if found[name]["method"] != block.method.name or tuple(found[name]["shape"]) != tuple(block.layer.shape):
+            came = f"{found[name]['method']} {tuple(found[name]['shape'])}"
+            raise CheckpointError(f"block {name!r} is {block.method.name} {tuple(block.layer.shape)} here but {came} in the checkpoint")
+    targets = _named(optimizer, like)
+    _same_names("arrays", targets, arrays)
+    loaded = {}
+    for name, target in targets.items():
+        value = arrays[name]
+        if tuple(value.shape) != tuple(target.shape):
+            raise CheckpointError(f"array {name!r} must have shape {tuple(target.shape)}, got {tuple(value.shape)}")
+        kind = to_numpy(target).dtype
+        if value.dtype.kind != kind.kind:
+            raise CheckpointError(f"array {name!r} must have a dtype like {kind}, got {value.dtype}")
+        loaded[name] = from_numpy(value.astype(kind), target)
+    blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
+    momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum})
+    counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in ("count", "observed")]
+    return OptimizerState(PreconditionerState(counters[0], counters[1], blocks), StepState(momentum, loaded["skipped"]))
+
+
+def _named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
+    named: dict[str, Array] = {"skipped": state.step.skipped}
+    for name, block in state.curvature.blocks.items():
+        _collect(block, f"curvature/{name}", named)
+    return named | {f"momentum/{n}": x for n, x in _layouts(optimizer, state.step.momentum).items()}
+
+
+def _layouts(optimizer: ModelOptimizer, params: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights turned from the model's layout to ``[out, in]`` or back (the map is its own inverse)."""
+    turned = dict(params)
+    for name, layer in optimizer.model.layers.items():
+        weight = optimizer.model.roles(name).get("weight")
+        if weight in turned and getattr(layer, "layout", "oi") == "io":
+            turned[weight] = turned[weight].mT
+    return turned
+
+
+def _collect(tree: Any, path: str, named: dict[str, Array]) -> None:
+    if tree is None:
+        return
+    if isinstance(tree, tuple):
+        for key, value in _items(tree):
+            _collect(value, f"{path}/{key}", named)
+    else:
+        named[path] = tree
+
+
+def _rebuild(tree: Any, path: str, named: Mapping[str, Array]) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, tuple):
+        parts = [_rebuild(value, f"{path}/{key}", named) for key, value in _items(tree)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return named[path]
+
+
+def _items(tree: Any) -> list[tuple[Any, Any]]:
+    keys = tree._fields if hasattr(tree, "_fields") else range(len(tree))
+    return list(zip(keys, tree, strict=True))
+
+
+def _same_names(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        parts = [f"lacks {', '.join(missing[:5])}"] * bool(missing) + [f"has the unknown {', '.join(unknown[:5])}"] * bool(unknown)
+        raise CheckpointError(f"the checkpoint is of another model: among its {what} it {' and '.join(parts)}")

@@ -1,0 +1,185 @@
+"""What every curvature approximation is: a frozen configuration, a state of arrays, and the verbs between them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from kfcore._array import Array, Namespace, Schedule, is_real_floating, namespace
+from kfcore.damping import Damping, check_positive
+from kfcore.layers import Layer
+
+Fisher = Literal["empirical", "mc", "exact", "forward"]
+FISHERS: tuple[Fisher, ...] = ("empirical", "mc", "exact", "forward")
+T = TypeVar("T")
+
+
+class Needs(enum.Flag):
+    """What a method must see of a layer; an adapter captures nothing else."""
+
+    NOTHING = 0
+    INPUTS = enum.auto()
+    OUTPUT_GRADS = enum.auto()
+    TOGETHER = enum.auto()
+    """Inputs and output gradients of the same rows in one call."""
+    GRADIENT = enum.auto()
+    """The gradient of the parameter itself."""
+
+
+class Cost(NamedTuple):
+    """What a block costs, before it runs."""
+
+    bytes: int
+    """Size of its state."""
+    statistics_flops: float
+    """Floating-point operations a captured row."""
+    refresh_flops: float
+    """Operations a refresh."""
+    step_flops: float
+    """Operations of :meth:`Method.precondition`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Hyper-parameters and verbs that all approximations share. Subclasses implement the verbs, in this order.
+
+    Parameters
+    ----------
+    damping
+        Positive number, function of the step, or a :class:`kfcore.Damping`.
+    stats_every, refresh_every
+        Steps between two updates of the statistics, and between two refreshes of what is applied: an int, or a function of the
+        step number that gives one.
+    stats_decay
+        Decay of the running averages in (0, 1]; 1 is the plain mean. A number, or a function of the step.
+    fisher
+        Which gradients make up the output factor: ``"empirical"`` (of the training loss: no extra pass), ``"mc"`` (labels drawn
+        from the model: one more backward pass a sample), ``"exact"`` (the generalised Gauss-Newton matrix, type-2 Fisher: as many
+        passes as the loss' output Hessian has columns) or ``"forward"`` (none: the output factor is the identity).
+    mc_samples
+        Draws an example for ``fisher="mc"``.
+    """
+
+    damping: float | Schedule | Damping = 1e-3
+    stats_every: int | Schedule = 1
+    refresh_every: int | Schedule = 10
+    stats_decay: float | Schedule = 0.95
+    fisher: Fisher = "empirical"
+    mc_samples: int = 1
+
+    name: ClassVar[str] = "method"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "damping", Damping.of(self.damping))
+        for field in ("stats_every", "refresh_every", "mc_samples"):
+            value = getattr(self, field)
+            if field != "mc_samples" and callable(value):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{field}` must be a positive int, got {value!r}")
+        if not callable(self.stats_decay):
+            check_positive("stats_decay", self.stats_decay)
+            if self.stats_decay > 1:
+                raise ValueError(f"`stats_decay` must lie in (0, 1], got {self.stats_decay!r}")
+        if self.fisher not in FISHERS:
+            raise ValueError(f"`fisher` must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
+
+    @property
+    def rule(self) -> Damping:
+        """``damping`` as the object it has become."""
+        return Damping.of(self.damping)
+
+    def config(self) -> dict[str, str]:
+        """The hyper-parameters as text, for reports and file headers."""
+        return {f.name: getattr(v := getattr(self, f.name), "__name__", None) or repr(v) for f in fields(self)}
+
+    # -- the verbs -----------------------------------------------------------------------------------------------------
+
+    def requires(self, layer: Layer) -> Needs:
+        """What must be captured of ``layer``."""
+        raise NotImplementedError
+
+    def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> Any:
+        """State of a block that has seen nothing; ``like`` gives library, device and dtype, ``leading`` stacks equal layers."""
+        raise NotImplementedError
+
+    def reduce(
+        self,
+        layer: Layer,
+        state: Any,
+        inputs: Array | None = None,
+        output_grads: Array | None = None,
+        *,
+        grad: Array | None = None,
+        terms: float | Array = 1.0,
+    ) -> Any:
+        """Statistics, which merge by ``+``, of what :meth:`requires` asks for.
+
+        ``inputs [..., N, S, in]`` and ``output_grads [..., N, S, out]`` are captured arrays; ``grad`` is the gradient of the mean loss and
+        ``terms`` the number of terms in that mean.
+        """
+        raise NotImplementedError
+
+    def observe(self, state: Any, statistics: Any, decay: float | Array | None = None) -> Any:
+        """Take statistics into the running averages; those that are not finite are dropped and counted."""
+        raise NotImplementedError
+
+    def refresh(self, layer: Layer, state: Any, damping: float | Array | None = None) -> Any:
+        """Recompute what :meth:`precondition` applies. The only expensive verb."""
+        raise NotImplementedError
+
+    def precondition(self, layer: Layer, state: Any, grad: Array) -> Array:
+        """Direction of ``grad [..., out, in]``, of the same shape; the gradient itself before the first refresh."""
+        raise NotImplementedError
+
+    def dense(self, layer: Layer, state: Any) -> Array:
+        """The undamped matrix ``[..., out in, out in]`` this block stands for, in row-major order. For tests and analysis."""
+        raise NotImplementedError
+
+    def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
+        """Memory and operations of a block with factors of ``itemsize`` bytes a number."""
+        raise NotImplementedError
+
+    # -- for subclasses ------------------------------------------------------------------------------------------------
+
+    def _decay(self, decay: float | Array | None) -> float | Array:
+        return _given("decay", "stats_decay", self.stats_decay, decay)
+
+    def _damping(self, damping: float | Array | None) -> float | Array:
+        return _given("damping", "damping", self.rule.value, damping)
+
+
+def _given(name: str, field: str, configured: Any, value: Any) -> Any:
+    """``value``, or the configured one if that is a number."""
+    if value is not None:
+        return value
+    if callable(configured):
+        raise ValueError(f"`{name}` must be given: this method's `{field}` is a schedule, so pass its value at the current step")
+    return configured
+
+
+def check_captured(name: str, x: Array) -> Namespace:
+    """Raise unless ``x`` is a real floating ``[..., N, S, features]``; its namespace otherwise."""
+    xp = namespace(x)
+    if x.ndim < 3:
+        raise ValueError(f"`{name}` must have shape [..., N, S, features], got {tuple(x.shape)}")
+    if not is_real_floating(xp, x):
+        raise TypeError(f"`{name}` must be real floating point, got {x.dtype}")
+    return xp
+
+
+def select(xp: Namespace, ok: Array, new: T, old: T) -> T:
+    """``new`` where ``ok [...]``, else ``old``, for equal nests of tuples, arrays and ``None``."""
+    if new is None:
+        return old
+    if isinstance(new, tuple):
+        parts = [select(xp, ok, n, o) for n, o in zip(new, old, strict=True)]  # pyright: ignore[reportArgumentType]
+        return type(new)(*parts) if hasattr(new, "_fields") else type(new)(parts)  # pyright: ignore
+    extra = new.ndim - ok.ndim  # pyright: ignore[reportAttributeAccessIssue]
+    return xp.where(ok[(...,) + (None,) * extra], new, old)
+
+
+def count_failure(xp: Namespace, counter: Array, ok: Array) -> Array:
+    """``counter`` plus one where not ``ok``."""
+    return xp.where(ok, counter, counter + 1)

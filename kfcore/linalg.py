@@ -1,0 +1,86 @@
+"""Linear algebra of symmetric positive semi-definite factors: moments, inverses, eigenproblems, Kronecker products.
+
+Every function takes the namespace first and allows any number of leading (batch) axes. The primitives are the hot spots
+that a library may override (:func:`kfcore.register_kernel`); what stands here is their definition.
+"""
+
+from __future__ import annotations
+
+from kfcore._array import Array, Namespace, device, primitive
+
+FLOOR = 10.0
+"""Least damping of a factor, in machine epsilons times its trace: below it the damped factor is not definite in practice."""
+
+
+def symmetrise(x: Array) -> Array:
+    """Symmetric part of ``x [..., n, n]``; libraries disagree on which triangle of an asymmetric matrix counts."""
+    return 0.5 * (x + x.mT)
+
+
+def kron(xp: Namespace, x: Array, y: Array) -> Array:
+    """Kronecker product of ``x [..., m, n]`` and ``y [..., p, q]``: ``[..., m p, n q]``, as ``numpy.kron``."""
+    (m, n), (p, q) = x.shape[-2:], y.shape[-2:]
+    product = x[..., :, None, :, None] * y[..., None, :, None, :]
+    return xp.reshape(product, (*product.shape[:-4], m * p, n * q))
+
+
+def identity(xp: Namespace, like: Array, n: int, leading: tuple[int, ...] = ()) -> Array:
+    """Identity matrices ``[*leading, n, n]`` in the dtype and on the device of ``like``."""
+    eye = xp.eye(n, dtype=like.dtype, device=device(like))
+    return xp.broadcast_to(eye, (*leading, n, n)) + xp.zeros_like(eye) if leading else eye
+
+
+def mean_diagonal(xp: Namespace, x: Array) -> Array:
+    """Mean of the diagonal of ``x [..., n, n]``, shape ``[...]``: the mean eigenvalue of a symmetric matrix."""
+    return xp.linalg.trace(x) / x.shape[-1]
+
+
+def damped(xp: Namespace, x: Array, damping: Array) -> Array:
+    """``x + damping I`` for ``x [..., n, n]`` and ``damping [...]``, the damping raised to what the dtype can carry.
+
+    The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
+    floating point only one above its rounding errors does.
+    """
+    floor = FLOOR * xp.finfo(x.dtype).eps * xp.linalg.trace(x)
+    damping = xp.maximum(damping + xp.zeros_like(floor), floor)
+    return x + damping[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+
+
+@primitive
+def gram(xp: Namespace, x: Array) -> Array:
+    """Second moment ``x^T x`` of the rows of ``x [..., n, d]``: ``[..., d, d]``."""
+    return x.mT @ x
+
+
+@primitive
+def blend(xp: Namespace, old: Array, new: Array, keep: Array, weight: Array, ok: Array) -> Array:
+    """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]``, the rest ``[...]``.
+
+    ``new`` may hold NaN or infinities where ``ok`` is false; none of them reaches the result.
+    """
+    keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
+    return xp.where(ok, keep * old + weight * new, old)
+
+
+@primitive
+def sandwich(xp: Namespace, left: Array, x: Array, right: Array) -> Array:
+    """Two-sided product ``left x right``, the Kronecker product ``left (x) right^T`` applied to ``x``."""
+    return left @ x @ right
+
+
+@primitive
+def invert(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """Inverse of symmetric positive definite ``x [..., n, n]`` and whether it succeeded, ``[...]`` of booleans."""
+    inverse = symmetrise(xp.linalg.inv(symmetrise(x)))
+    total = xp.linalg.trace(inverse)
+    return inverse, xp.isfinite(total) & (total > 0)
+
+
+@primitive
+def eigh(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues ``[..., n]`` clipped at zero, eigenvectors ``[..., n, n]`` and success ``[...]`` of semi-definite ``x``.
+
+    Ascending, ``x = (vectors * values[..., None, :]) @ vectors.mT``, as ``numpy.linalg.eigh``.
+    """
+    values, vectors = xp.linalg.eigh(symmetrise(x))
+    return xp.maximum(values, xp.zeros_like(values)), vectors, xp.isfinite(xp.sum(values, axis=-1))

@@ -1,0 +1,492 @@
+"""The whole optimizer on plain arrays: what the adapters drive, and what hand-written backward passes use as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from kfcore import stepsize
+from kfcore._array import Array, Schedule, cast, cond, is_real_floating, known, namespace, to_numpy
+from kfcore.curvature.base import Method, Needs
+from kfcore.model import Model, flatten, unflatten
+from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
+from kfcore.report import Report, report
+from kfcore.stepsize import StepSize, StepState
+
+Record = tuple[Array, Array | None]
+Records = Mapping[str, Record | Sequence[Record]]
+Reduction = Literal["mean", "sum"]
+Statistics = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None
+
+
+class OptimizerState(NamedTuple):
+    """State of an optimizer: arrays only."""
+
+    curvature: PreconditionerState
+    """Curvature blocks and the step count."""
+    step: StepState
+    """Momentum."""
+
+
+class ModelOptimizer:
+    """The optimizer of a :class:`kfcore.model.Model` on flat dictionaries of parameters; pure functions of its state.
+
+    This is the level at which an adapter drives the core: it captures, calls :meth:`reduce` on what it saw, and hands the merged
+    statistics and the gradients to :meth:`update`.
+
+    Parameters
+    ----------
+    method, model
+        The approximation, and the model's layers and parameters.
+    step
+        The step rule.
+    loss_reduction
+        ``"mean"`` if the loss whose gradients come in is a mean over its terms, ``"sum"`` if it is their sum. Damping, clip and learning
+        rate mean the same under both, and for every batch size.
+    fallback
+        Method for parameters outside every layer; a :class:`kfcore.Diagonal` with the damping and schedules of ``method`` if not given.
+    group, spread
+        See :class:`kfcore.Preconditioner`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: Model,
+        step: StepSize,
+        *,
+        loss_reduction: Reduction = "mean",
+        fallback: Method | None = None,
+        group: bool = False,
+        spread: bool = False,
+    ) -> None:
+        if not isinstance(method, Method):
+            raise TypeError(f"`method` must be a curvature method such as kfcore.KFAC(), got {method!r}")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"`loss_reduction` must be 'mean' or 'sum', got {loss_reduction!r}")
+        self.method = method
+        self.model = model
+        self.step_size = step
+        self.loss_reduction = loss_reduction
+        blocks = blocks_of(method, model.layers, model.others, fallback)
+        if not blocks:
+            raise ValueError("`layers` and `params` are both empty: there is nothing to optimize")
+        self.preconditioner = Preconditioner(blocks, group=group, spread=spread)
+
+    def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        """State that has seen nothing."""
+        like = {name: params[parameter] for parameter, names in self.model.block_names().items() for name in names}
+        return OptimizerState(self.preconditioner.init(like), stepsize.init(self.step_size, params))
+
+    def stats_due(self, state: OptimizerState) -> Any:
+        """Whether the coming step wants statistics: nothing need be captured where not."""
+        return self.preconditioner.stats_due(state.curvature.count)
+
+    def needs(self, layer: str) -> Needs:
+        """What must be captured of a layer."""
+        needs = Needs.NOTHING
+        for suffix in self.model.layers[layer].blocks():
+            block = self.preconditioner.blocks[layer + suffix]
+            needs |= block.method.requires(block.layer)
+        return needs
+
+    def reduce(self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None) -> dict[str, Any]:
+        """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``."""
+        statistics = {}
+        for suffix in self.model.layers[layer].blocks():
+            block = self.preconditioner.blocks[layer + suffix]
+            old = state.curvature.blocks[block.name]
+            statistics[block.name] = block.method.reduce(block.layer, old, inputs, output_grads)
+        return statistics
+
+    def update(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Array],
+        state: OptimizerState,
+        statistics: Statistics,
+        *,
+        terms: float | Array,
+        loss_scale: float | Array = 1.0,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Array], OptimizerState]:
+        """Updates to be added to the parameters, and the new state.
+
+        Parameters
+        ----------
+        params, grads
+            By name. Parameters without a gradient are left alone.
+        statistics
+            Merged results of :meth:`reduce` from raw output gradients, by block; a function of the state that computes them,
+            called only when they are due; or ``None`` when they are not.
+        terms
+            Number of terms in the loss: examples, or tokens, or numbers compared.
+        loss_scale
+            Factor by which the captured output gradients (not ``grads``) were scaled, as by mixed-precision training.
+        overrides
+            ``"learning_rate"``, ``"weight_decay"`` and ``"clip"`` as in :func:`kfcore.stepsize.apply`, and ``"damping"``: one
+            value, or one a block by name.
+        """
+        overrides = dict(overrides or {})
+        grads, directions, curvature = self.directions(
+            grads, state, statistics, terms=terms, loss_scale=loss_scale, damping=overrides.pop("damping", None)
+        )
+        count = state.curvature.count
+        updates, step = stepsize.apply(self.step_size, params, grads, directions, state.step, count, overrides)
+        return updates, OptimizerState(curvature, step)
+
+    def directions(
+        self,
+        grads: Mapping[str, Array],
+        state: OptimizerState,
+        statistics: Statistics,
+        *,
+        terms: float | Array,
+        loss_scale: float | Array = 1.0,
+        damping: Any = None,
+    ) -> tuple[dict[str, Array], dict[str, Array], PreconditionerState]:
+        """The first half of :meth:`update`: gradients of the mean loss, their directions, and the new curvature state."""
+        if not grads:
+            raise ValueError("`grads` is empty: no parameter has a gradient, so run the backward pass before the step")
+        grads = {n: g / terms for n, g in grads.items()} if self.loss_reduction == "sum" else dict(grads)
+        matrices = self.model.matrices(grads)
+        curvature = self._observe(state, statistics, matrices, terms, loss_scale)
+        curvature = self.preconditioner.refresh(curvature, damping)
+        directions = self.preconditioner.precondition(curvature, matrices)
+        if self.step_size.graft:
+            directions = stepsize.graft(matrices, directions)
+        return grads, self.model.parameters(directions), curvature._replace(count=curvature.count + 1)
+
+    def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
+        """Counters as host numbers: steps taken and skipped, and by block the statistics dropped and the refreshes that failed.
+
+        Blocks where nothing went wrong are not listed.
+        """
+
+        def nonzero(field: str) -> dict[str, int]:
+            counts = {name: int(to_numpy(getattr(block, field)).sum()) for name, block in state.curvature.blocks.items()}
+            return {name: count for name, count in counts.items() if count}
+
+        return {
+            "steps": int(to_numpy(state.curvature.count)),
+            "skipped_steps": int(to_numpy(state.step.skipped)),
+            "dropped_statistics": nonzero("dropped"),
+            "kept_refreshes": nonzero("kept"),
+        }
+
+    def report(self, reasons: Mapping[str, str] | None = None, itemsize: int = 4) -> Report:
+        """Which block every parameter has, why, and what it costs; ``reasons`` by parameter replace the default words."""
+        return report(self.model, self.preconditioner.blocks, self.step_size, reasons or {}, itemsize)
+
+    def _observe(
+        self, state: OptimizerState, statistics: Statistics, matrices: Mapping[str, Array], terms: float | Array, loss_scale: float | Array
+    ) -> PreconditionerState:
+        """Take statistics where they are due: those captured, with the loss reduction undone, and those of the gradients."""
+        curvature = state.curvature
+        if statistics is None and known(curvature.observed) == 0 and self.model.layers:
+            raise ValueError("`statistics` of the first step are missing: capture the layers' inputs and output gradients before it")
+        if statistics is not None and not callable(statistics):
+            captured = statistics
+            statistics = lambda _: captured  # noqa: E731
+        over = self._over(terms) * loss_scale * loss_scale
+
+        def take(curvature: PreconditionerState) -> PreconditionerState:
+            new = {name: part.over(over) for name, part in statistics(state).items()} if statistics else {}
+            for name, block in self.preconditioner.blocks.items():
+                if Needs.GRADIENT in block.method.requires(block.layer) and name in matrices:
+                    old = curvature.blocks[name]
+                    new[name] = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
+            return self.preconditioner.observe(curvature, new) if new else curvature
+
+        return cond(self.preconditioner.stats_due(curvature.count), take, lambda old: old, curvature)
+
+    def _over(self, terms: float | Array) -> float | Array:
+        """What sums of raw output gradients are divided by to give the output factor of a mean loss.
+
+        Training gradients of a mean loss are ``g / M``; those of a sum, and pulled-back Fisher vectors, are ``g``.
+        """
+        if self.method.fisher == "empirical":
+            return 1.0 / terms if self.loss_reduction == "mean" else terms
+        return terms * self.method.mc_samples if self.method.fisher == "mc" else terms
+
+
+class Optimizer:
+    """The optimizer for arrays: you wrote the backward pass, this makes the step. Pure functions of an explicit state.
+
+    Parameters
+    ----------
+    method
+        The approximation, such as :class:`kfcore.KFAC`.
+    layers
+        Layer descriptions by name, such as ``{"fc1": kfcore.Linear(784, 128)}``.
+    learning_rate, momentum, nesterov, weight_decay, decay, clip, graft
+        See :class:`kfcore.StepSize`.
+    loss_reduction, fallback, group, spread
+        See :class:`kfcore.ModelOptimizer`.
+
+    Examples
+    --------
+    >>> import numpy as np, kfcore as kf
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.normal(size=(32, 3)), rng.normal(size=(32, 2))
+    >>> params = {"fc": {"weight": np.zeros((2, 3)), "bias": np.zeros(2)}}
+    >>> opt = kf.Optimizer(kf.KFAC(damping=1e-3), {"fc": kf.Linear(3, 2)}, learning_rate=1.0, momentum=0.0)
+    >>> state = opt.init(params)
+    >>> dz = (x @ params["fc"]["weight"].T + params["fc"]["bias"] - y) / len(x)  # mean of 0.5 |z - y|^2
+    >>> grads = {"fc": {"weight": dz.T @ x, "bias": dz.sum(axis=0)}}
+    >>> params, state = opt.step(params, grads, {"fc": (x, dz)}, state)
+
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        layers: Mapping[str, Any],
+        *,
+        learning_rate: float | Schedule = 0.1,
+        momentum: float | Schedule = 0.9,
+        nesterov: bool = False,
+        weight_decay: float | Schedule = 0.0,
+        decay: Literal["decoupled", "coupled"] = "decoupled",
+        clip: float | Schedule | None = None,
+        graft: bool = False,
+        loss_reduction: Reduction = "mean",
+        fallback: Method | None = None,
+        group: bool = False,
+        spread: bool = False,
+    ) -> None:
+        self.method = method
+        self.layers = dict(layers)
+        self.step_size = StepSize(
+            learning_rate=learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            decay=decay,
+            clip=clip,
+            graft=graft,
+        )
+        self.loss_reduction: Reduction = loss_reduction
+        self._options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
+        self._bound: dict[Any, ModelOptimizer] = {}
+        self._bind({f"{name}.{role}": shape for name, layer in self.layers.items() for role, shape in layer.parameters.items()})
+
+    def bind(self, params: Mapping[str, Any]) -> ModelOptimizer:
+        """The optimizer of the model with these parameters; those of no layer get the fallback."""
+        return self._bind({name: tuple(p.shape) for name, p in flatten(params).items()})
+
+    def init(self, params: Mapping[str, Any]) -> OptimizerState:
+        """State for ``params``, a nest of dictionaries such as ``{"fc1": {"weight": ..., "bias": ...}, "scale": ...}``.
+
+        Raises
+        ------
+        ValueError
+            If a layer's parameter is missing or has another shape than the layer says.
+        TypeError
+            If a parameter is not real floating point.
+        """
+        flat = flatten(params)
+        for name, p in flat.items():
+            if not is_real_floating(namespace(p), p):
+                raise TypeError(f"`params` must be real floating point, got {p.dtype} for {name!r}")
+        return self.bind(params).init(flat)
+
+    def stats_due(self, state: OptimizerState) -> Any:
+        """Whether the coming step wants records."""
+        return next(iter(self._bound.values())).stats_due(state)
+
+    def reduce(self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None) -> dict[str, Any]:
+        """Statistics of one record; those of several micro-batches or uses of a layer merge by ``+``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the layer, what came and what was expected.
+        """
+        if name not in self.layers:
+            raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
+        optimizer = next(iter(self._bound.values()))
+        needs = optimizer.needs(name)
+        if output_grads is None and Needs.OUTPUT_GRADS in needs:
+            raise ValueError(f"layer {name!r}: `output_grads` are missing; {self.method.name} with this Fisher type needs them")
+        try:
+            captured = self.layers[name].capture(inputs, output_grads)
+            return optimizer.reduce(state, name, *captured)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+
+    def step(
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        records: Records | None,
+        state: OptimizerState,
+        *,
+        terms: float | Array | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], OptimizerState]:
+        """New parameters and new state; the arguments stay as they are.
+
+        Parameters
+        ----------
+        params, grads
+            Nests of dictionaries as given to :meth:`init`.
+        records
+            By layer, the inputs ``[N, ..., in]`` and the gradients of the loss at its output ``[N, ..., out]`` as your backward pass has
+            them (already divided by N where the loss is a mean); a list of such pairs where a layer is used, or a batch cut, more
+            than once. May be ``None`` at steps where :meth:`stats_due` says so.
+        terms
+            Number of terms in the loss. The number of examples, N, if not given.
+        overrides
+            See :meth:`ModelOptimizer.update`.
+        """
+        statistics: Statistics = None
+        if records is not None:
+            flat = {name: _several(record) for name, record in records.items()}
+            missing = [name for name in self.layers if name not in flat]
+            if missing:
+                raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            if terms is None:
+                terms = self.terms_of({name: sum(part[0].shape[0] for part in parts) for name, parts in flat.items()})
+
+            def reduce(state: OptimizerState) -> dict[str, Any]:
+                total: dict[str, Any] = {}
+                for name, parts in flat.items():
+                    for part in parts:
+                        merge(total, self.reduce(state, name, *part))
+                return total
+
+            statistics = reduce
+
+        return self.step_reduced(params, grads, statistics, state, terms=terms, overrides=overrides)
+
+    def step_reduced(
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        statistics: Statistics,
+        state: OptimizerState,
+        *,
+        terms: float | Array | None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], OptimizerState]:
+        """:meth:`step` from statistics that :meth:`reduce` made earlier."""
+        if terms is None:
+            if self.loss_reduction == "sum":
+                raise ValueError("`terms` must be given for a summed loss at a step without records")
+            terms = 1.0
+        flat, flat_grads = flatten(params), flatten(grads)
+        _same_shapes(flat, flat_grads)
+        bound = self.bind(params)
+        updates, state = bound.update(flat, flat_grads, state, statistics, terms=terms, overrides=overrides)
+        new = {name: added(p, updates[name]) if name in updates else p for name, p in flat.items()}
+        return unflatten(new, params), state
+
+    def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
+        """See :meth:`ModelOptimizer.diagnostics`."""
+        return next(iter(self._bound.values())).diagnostics(state)
+
+    def report(self, params: Mapping[str, Any]) -> Report:
+        """Which block every parameter has, why, and what it costs."""
+        itemsize = 8 if any(str(p.dtype).endswith("float64") for p in flatten(params).values()) else 4
+        return self.bind(params).report(itemsize=itemsize)
+
+    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelOptimizer:
+        key = tuple(sorted(shapes.items()))
+        if key not in self._bound:
+            expected = Model(self.layers).shapes()
+            for name, shape in expected.items():
+                if shapes.get(name) != shape:
+                    came = f"shape {shapes[name]}" if name in shapes else "nothing"
+                    raise ValueError(f"`params` must hold {name!r} with shape {shape}, got {came}")
+            others = {name: shape for name, shape in shapes.items() if name not in expected}
+            self._bound[key] = ModelOptimizer(self.method, Model(self.layers, others), self.step_size, **self._options)
+        return self._bound[key]
+
+    def terms_of(self, examples: Mapping[str, int]) -> float:
+        """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""
+        if self.method.fisher == "exact":
+            raise ValueError("`terms` must be given with fisher='exact': the records repeat each example, once a column of its Hessian")
+        if len(set(examples.values())) > 1:
+            raise ValueError(f"`terms` must be given: the records have different numbers of examples, {dict(examples)}")
+        samples = self.method.mc_samples if self.method.fisher == "mc" else 1
+        return float(next(iter(examples.values()))) / samples
+
+
+class Recorder:
+    """A stateful shell around :class:`Optimizer`: record in the backward pass, then step.
+
+    What is recorded is reduced at once; no activation is held.
+
+    Examples
+    --------
+    >>> import numpy as np, kfcore as kf
+    >>> params = {"fc": {"weight": np.ones((2, 3)), "bias": np.zeros(2)}}
+    >>> recorder = kf.Recorder(kf.Optimizer(kf.KFAC(), {"fc": kf.Linear(3, 2)}), params)
+    >>> x, dz = np.ones((4, 3)), np.full((4, 2), 0.25)
+    >>> recorder.record("fc", x, dz)
+    >>> params = recorder.step(params, {"fc": {"weight": dz.T @ x, "bias": dz.sum(axis=0)}})
+
+    """
+
+    def __init__(self, optimizer: Optimizer, params: Mapping[str, Any]) -> None:
+        self.optimizer = optimizer
+        self.state = optimizer.init(params)
+        self._clear()
+
+    def record(self, name: str, inputs: Array, output_grads: Array | None = None) -> None:
+        """Take what layer ``name`` saw: ``inputs [N, ..., in]`` and the gradients at its output ``[N, ..., out]``."""
+        if self.optimizer.stats_due(self.state):
+            merge(self._statistics, self.optimizer.reduce(self.state, name, inputs, output_grads))
+            self._examples[name] = self._examples.get(name, 0) + inputs.shape[0]
+        elif name not in self.optimizer.layers:
+            raise ValueError(f"`name` must be one of {', '.join(self.optimizer.layers)}, got {name!r}")
+
+    def step(self, params: Mapping[str, Any], grads: Mapping[str, Any], *, terms: float | None = None, **overrides: Any) -> dict[str, Any]:
+        """New parameters; ``overrides`` such as ``learning_rate=0.05`` hold for this step."""
+        due = self.optimizer.stats_due(self.state)
+        missing = [name for name in self.optimizer.layers if name not in self._examples]
+        if due and missing:
+            raise ValueError(f"nothing was recorded for {', '.join(missing)}: call `record` for every layer before `step`")
+        if due and terms is None:
+            terms = self.optimizer.terms_of(self._examples)
+        statistics = self._statistics if due else None
+        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides)
+        self._clear()
+        return params
+
+    def _clear(self) -> None:
+        self._statistics: dict[str, Any] = {}
+        self._examples: dict[str, int] = {}
+
+
+def merge(total: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Add statistics by block into ``total``."""
+    for name, part in new.items():
+        total[name] = total[name] + part if name in total else part
+
+
+def added(param: Array, update: Array) -> Array:
+    """``param + update``, summed in the wider dtype and returned in that of ``param``."""
+    xp = namespace(param)
+    return cast(xp, cast(xp, param, update.dtype) + update, param.dtype)
+
+
+def _several(record: Any) -> Sequence[Record]:
+    """A record, or a list of them, as a list."""
+    if isinstance(record, list):
+        return record
+    if not (isinstance(record, tuple) and len(record) == 2):
+        raise TypeError(f"`records` must hold (inputs, output_grads) pairs or lists of them, got {type(record).__name__}")
+    return [record]
+
+
+def _same_shapes(params: Mapping[str, Array], grads: Mapping[str, Array]) -> None:
+    unknown = [name for name in grads if name not in params]
+    if unknown:
+        raise ValueError(f"`grads` name the unknown parameters {', '.join(unknown)}; known: {', '.join(params)}")
+    for name, grad in grads.items():
+        if tuple(grad.shape) != tuple(params[name].shape):
+            raise ValueError(f"`grads` must have shape {tuple(params[name].shape)} for {name!r}, got {tuple(grad.shape)}")
+        if not is_real_floating(namespace(grad), grad):
+            raise TypeError(f"`grads` must be real floating point, got {grad.dtype} for {name!r}")

@@ -1,0 +1,196 @@
+"""The curvature of a whole model: names -> layers -> blocks, when each verb is due, and one call for many equal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kfcore import schedule
+from kfcore._array import Array, cond, counter, known, namespace, scalar
+from kfcore.curvature.base import Method
+from kfcore.curvature.diagonal import Diagonal, Tensor
+from kfcore.layers import Layer
+
+Values = Mapping[str, Any] | float | None
+"""One number for all blocks, one a block by name, or ``None`` for what the method says."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One diagonal block of the curvature: a name, its geometry, and the method that approximates it."""
+
+    name: str
+    layer: Layer
+    method: Method
+    leading: tuple[int, ...] = ()
+
+
+class PreconditionerState(NamedTuple):
+    """Curvature of a model: arrays only."""
+
+    count: Array
+    """Steps taken, 0-d int32, readable on the host."""
+    observed: Array
+    """Times that statistics were taken, 0-d int32, readable on the host."""
+    blocks: dict[str, Any]
+    """State of each block by name."""
+
+
+class Preconditioner:
+    """Applies the verbs of a method to every block of a model.
+
+    It works on matrices, one a block; mapping them from and to the parameters of a model is the business of
+    :class:`kfcore.Optimizer` and of the adapters.
+
+    Parameters
+    ----------
+    blocks
+        The blocks by name, see :func:`blocks_of`.
+    group
+        Stack blocks of equal geometry into one call when refreshing and applying. Worth it where launches cost (GPUs, compiled
+        programs); on a CPU the batched routines of the libraries are loops and stacking only copies.
+    spread
+        Refresh block k at steps equal to k modulo ``refresh_every`` instead of all at once: the same average cost without the
+        spikes. All are refreshed at step 0.
+    """
+
+    def __init__(self, blocks: Mapping[str, Block], *, group: bool = False, spread: bool = False) -> None:
+        self.blocks = dict(blocks)
+        self.group = group
+        self.spread = spread
+        self._groups = _equal(self.blocks) if group else [[name] for name in self.blocks]
+
+    def init(self, like: Mapping[str, Array]) -> PreconditionerState:
+        """State that has seen nothing; ``like`` gives an array of each block's library, device and dtype."""
+        states = {n: b.method.init(b.layer, like[n], b.leading) for n, b in self.blocks.items()}
+        xp = namespace(next(iter(like.values())))
+        return PreconditionerState(counter(xp), counter(xp), states)
+
+    def stats_due(self, count: int | Array) -> Any:
+        """Whether statistics are due at step ``count``, for any block."""
+        return _any([schedule.due(m.stats_every, count) for m in self._methods()])
+
+    def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
+        """Take statistics, by block; blocks without any keep their averages."""
+        blocks = dict(state.blocks)
+        for name, new in statistics.items():
+            method = self._block(name).method
+            blocks[name] = method.observe(blocks[name], new, schedule.at(method.stats_decay, state.count))
+        return state._replace(blocks=blocks, observed=state.observed + 1)
+
+    def refresh(self, state: PreconditionerState, damping: Values = None) -> PreconditionerState:
+        """Refresh the blocks that are due, with the damping of their methods at this step or with the ones given."""
+        if known(state.observed) == 0:
+            raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
+        blocks = dict(state.blocks)
+        for index, names in enumerate(self._groups):
+            block = self.blocks[names[0]]
+            values = [self._damping(name, damping, state.count) for name in names]
+            stacked = _stack([blocks[name] for name in names])
+            offset = index if self.spread else 0
+            due = schedule.due(block.method.refresh_every, state.count, offset)
+
+            def run(old: Any, block: Block = block, values: list[Any] = values) -> Any:
+                return block.method.refresh(block.layer, old, values[0] if len(values) == 1 else _numbers(values, old))
+
+            fresh = cond(due, run, lambda old: old, stacked)
+            blocks.update(zip(names, _unstack(fresh, len(names)), strict=True))
+        return state._replace(blocks=blocks)
+
+    def precondition(self, state: PreconditionerState, grads: Mapping[str, Array]) -> dict[str, Array]:
+        """Directions of ``grads``, by block. Blocks without a gradient have no direction."""
+        directions: dict[str, Array] = {}
+        for names in self._groups:
+            names = [name for name in names if name in grads]
+            if not names:
+                continue
+            block = self.blocks[names[0]]
+            stacked = _stack([state.blocks[name] for name in names])
+            direction = block.method.precondition(block.layer, stacked, _stack([grads[name] for name in names]))
+            directions.update(zip(names, _unstack(direction, len(names)), strict=True))
+        return {name: directions[name] for name in grads}
+
+    def dense(self, state: PreconditionerState) -> dict[str, Array]:
+        """The matrix each block stands for, undamped."""
+        return {n: b.method.dense(b.layer, state.blocks[n]) for n, b in self.blocks.items()}
+
+    def _methods(self) -> list[Method]:
+        return list({id(b.method): b.method for b in self.blocks.values()}.values())
+
+    def _block(self, name: str) -> Block:
+        if name not in self.blocks:
+            raise KeyError(f"`statistics` name the unknown block {name!r}; known: {', '.join(self.blocks)}")
+        return self.blocks[name]
+
+    def _damping(self, name: str, damping: Values, count: Array) -> Any:
+        value = damping.get(name) if isinstance(damping, Mapping) else damping
+        return self.blocks[name].method.rule.at(count) if value is None else value
+
+
+def blocks_of(
+    method: Method, layers: Mapping[str, Any], others: Mapping[str, tuple[int, ...]] | None = None, fallback: Method | None = None
+) -> dict[str, Block]:
+    """Blocks of named layers under ``method``, and of ``others``, parameters by shape, under ``fallback``.
+
+    A layer with a separate bias gives the two blocks ``NAME.weight`` and ``NAME.bias``.
+    """
+    blocks = {}
+    for name, layer in layers.items():
+        for suffix, part in layer.blocks().items():
+            blocks[name + suffix] = Block(name + suffix, part, method)
+    fallback = fallback or default_fallback(method)
+    for name, shape in (others or {}).items():
+        if name in blocks:
+            raise ValueError(f"`others` repeats the name {name!r} of a layer's block")
+        blocks[name] = Block(name, Tensor(tuple(shape)), fallback)
+    return blocks
+
+
+def default_fallback(method: Method) -> Diagonal:
+    """The diagonal method with the damping and the schedules of ``method``."""
+    return Diagonal(
+        damping=method.damping, stats_every=method.stats_every, refresh_every=method.stats_every, stats_decay=method.stats_decay
+    )
+
+
+def _equal(blocks: Mapping[str, Block]) -> list[list[str]]:
+    """Names of blocks that can share a call: equal matrices under one method."""
+    groups: dict[Any, list[str]] = {}
+    for name, block in blocks.items():
+        alone = name if isinstance(block.layer, Tensor) or block.leading else None
+        groups.setdefault((alone, block.layer.shape, block.method), []).append(name)
+    return list(groups.values())
+
+
+def _any(flags: list[Any]) -> Any:
+    total = flags[0]
+    for flag in flags[1:]:
+        total = total | flag
+    return total
+
+
+def _stack(trees: list[Any]) -> Any:
+    """One tree of arrays with a new leading axis from equal trees; a single tree stays as it is."""
+    return trees[0] if len(trees) == 1 else _map(lambda *leaves: namespace(leaves[0]).stack(leaves), *trees)
+
+
+def _unstack(tree: Any, n: int) -> list[Any]:
+    return [tree] if n == 1 else [_map(lambda leaf, i=i: leaf[i, ...], tree) for i in range(n)]
+
+
+def _map(function: Callable[..., Any], *trees: Any) -> Any:
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        parts = [_map(function, *branch) for branch in zip(*trees, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    return function(*trees)
+
+
+def _numbers(values: list[Any], state: Any) -> Array:
+    """Dampings of stacked blocks as one array ``[k]``."""
+    like = state.average.weight
+    xp = namespace(like)
+    return xp.stack([scalar(xp, value, like[0, ...]) for value in values])

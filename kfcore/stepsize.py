@@ -1,0 +1,191 @@
+"""From directions to updates: grafting, trust-region (KL) clip, momentum, weight decay, learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from kfcore import schedule
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, namespace, scalar
+from kfcore.damping import check_positive
+
+Values = Mapping[str, Any] | Any
+"""One value for all parameters, or one a parameter by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """How a direction ``d`` becomes an update of the parameters ``p``.
+
+    In this order: graft (:func:`graft`, on whole blocks), clip, coupled decay, momentum ``b' = momentum b + d`` (``b' = d`` at first),
+    Nesterov ``d + momentum b'``, ``p' = p - learning_rate b'``, decoupled decay. Momentum is that of ``torch.optim.SGD`` without
+    dampening.
+
+    Parameters
+    ----------
+    learning_rate
+        Non-negative number or function of the step.
+    momentum
+        In [0, 1), or a function of the step.
+    nesterov
+        Use Nesterov's form of momentum.
+    weight_decay
+        Coefficient of the decay; it is never preconditioned.
+    decay
+        ``"decoupled"``: ``p' = p - learning_rate weight_decay p + ...``; ``"coupled"``: ``d + weight_decay p`` enters the momentum, which
+        decays about ``1 / (1 - momentum)`` times faster for the same coefficient.
+    clip
+        Trust region kappa: directions are scaled by ``min(1, sqrt(kappa / (learning_rate^2 sum <grad, d>)))``, summed over all
+        parameters, which bounds the step's KL divergence to second order (Ba et al. 2017, section 5; elsewhere called KL clip or
+        norm constraint). It is applied before momentum.
+    graft
+        Give each block's direction the norm of its gradient.
+    """
+
+    learning_rate: float | Schedule = 0.1
+    momentum: float | Schedule = 0.9
+    nesterov: bool = False
+    weight_decay: float | Schedule = 0.0
+    decay: Literal["decoupled", "coupled"] = "decoupled"
+    clip: float | Schedule | None = None
+    graft: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not callable(value):
+                check_positive(name, value, zero=True)
+        if not callable(self.momentum) and self.momentum >= 1:
+            raise ValueError(f"`momentum` must lie in [0, 1), got {self.momentum!r}")
+        if self.clip is not None and not callable(self.clip):
+            check_positive("clip", self.clip)
+        if self.decay not in ("decoupled", "coupled"):
+            raise ValueError(f"`decay` must be 'decoupled' or 'coupled', got {self.decay!r}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs a positive `momentum`, got 0")
+
+
+class StepState(NamedTuple):
+    """State of the step rule."""
+
+    momentum: dict[str, Array]
+    """Buffer of each parameter, at least float32; empty without momentum."""
+    skipped: Array
+    """How many steps were skipped because a direction was not finite, int32."""
+
+
+def init(step: StepSize, params: Mapping[str, Array]) -> StepState:
+    """Zero buffers of the shapes of ``params``."""
+    first = next(iter(params.values()))
+    xp = namespace(first)
+    buffers = {}
+    if step.momentum != 0:
+        for name, p in params.items():
+            buffers[name] = xp.zeros(p.shape, dtype=factor_dtype(xp, p.dtype), device=device(p))
+    return StepState(buffers, xp.zeros((), dtype=xp.int32, device=device(first)))
+
+
+def apply(
+    step: StepSize,
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    directions: Mapping[str, Array],
+    state: StepState,
+    count: int | Array,
+    overrides: Mapping[str, Values] | None = None,
+) -> tuple[dict[str, Array], StepState]:
+    """Updates, to be added to the parameters, and the new state.
+
+    Parameters
+    ----------
+    params, grads, directions
+        By parameter name, of the parameters' shapes; parameters without a direction get no update.
+    count
+        The step number, for schedules.
+    overrides
+        Values for ``"learning_rate"``, ``"weight_decay"`` and ``"clip"`` that replace the configured ones; the first two may
+        be one a parameter by name.
+
+    A direction that holds NaN or an infinity makes all updates zero and leaves the buffers as they are.
+    """
+    values = {name: schedule.at(getattr(step, name), count) for name in ("learning_rate", "momentum", "weight_decay", "clip")}
+    values |= overrides or {}
+    first = next(iter(directions.values()))
+    xp = namespace(first)
+    ok = _finite(xp, directions)
+    scale = None if values["clip"] is None else clip_scale(values["clip"], values["learning_rate"], grads, directions)
+    updates: dict[str, Array] = {}
+    momentum = dict(state.momentum)
+    for name, d in directions.items():
+        lr, mu, wd = (_value(values[key], name) for key in ("learning_rate", "momentum", "weight_decay"))
+        p = cast(xp, params[name], d.dtype)
+        if scale is not None:
+            d = d * cast(xp, scale, d.dtype)
+        if step.decay == "coupled" and _nonzero(wd):
+            d = d + _number(xp, wd, d) * p
+        d = xp.where(ok, d, xp.zeros_like(d))
+        if name in momentum:
+            old, mu = momentum[name], _number(xp, mu, d)
+            new = xp.where(ok, mu, xp.ones_like(ok, dtype=d.dtype)) * old + d
+            momentum[name] = new
+            d = xp.where(ok, d + mu * new, d) if step.nesterov else new
+        if step.decay == "decoupled" and _nonzero(wd):
+            d = d + _number(xp, wd, d) * p
+        rate = xp.where(ok, -_number(xp, lr, d), xp.zeros_like(ok, dtype=d.dtype))
+        updates[name] = rate * d
+    return updates, StepState(momentum, xp.where(ok, state.skipped, state.skipped + 1))
+
+
+def clip_scale(clip: float | Array, learning_rate: Values, grads: Mapping[str, Array], directions: Mapping[str, Array]) -> Array:
+    """``min(1, sqrt(clip / sum lr^2 <grad, direction>))``, 0-d."""
+    first = next(iter(directions.values()))
+    xp = namespace(first)
+    total = None
+    for name, d in directions.items():
+        rate = _number(xp, _value(learning_rate, name), d)
+        part = rate * rate * xp.sum(cast(xp, grads[name], d.dtype) * d)
+        total = part if total is None else total + cast(xp, part, total.dtype)
+    assert total is not None
+    one = xp.ones_like(total)
+    positive = total > 0
+    bound = xp.sqrt(_number(xp, clip, total) / xp.where(positive, total, one))
+    return xp.where(positive, xp.minimum(bound, one), one)
+
+
+def graft(grads: Mapping[str, Array], directions: Mapping[str, Array]) -> dict[str, Array]:
+    """``directions`` rescaled to the Frobenius norms of ``grads``, by block."""
+    grafted = {}
+    for name, direction in directions.items():
+        xp = namespace(direction)
+        norm, own = _norm(xp, cast(xp, grads[name], direction.dtype)), _norm(xp, direction)
+        grafted[name] = direction * (norm / xp.where(own > 0, own, xp.ones_like(own)))
+    return grafted
+
+
+def _norm(xp: Namespace, x: Array) -> Array:
+    """Frobenius norm that neither overflows nor vanishes: scaled by the largest entry."""
+    top = xp.max(xp.abs(x))
+    unit = xp.where(top > 0, top, xp.ones_like(top))
+    return unit * xp.sqrt(xp.sum((x / unit) ** 2))
+
+
+def _finite(xp: Namespace, directions: Mapping[str, Array]) -> Array:
+    ok = None
+    for d in directions.values():
+        finite = xp.isfinite(xp.sum(d))
+        ok = finite if ok is None else ok & finite
+    return ok
+
+
+def _value(values: Values, name: str) -> Any:
+    return values[name] if isinstance(values, Mapping) else values
+
+
+def _number(xp: Namespace, value: Any, like: Array) -> Any:
+    """A Python number as it is (it takes the dtype of what it meets), an array in the dtype of ``like``."""
+    return value if isinstance(value, (int, float)) else scalar(xp, value, like)
+
+
+def _nonzero(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or value != 0

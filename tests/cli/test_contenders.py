@@ -1,0 +1,168 @@
+"""Contenders: equal starts, equal batches, equal trajectories on every backend."""
+
+import importlib.util
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+
+from kfcore_cli.race import registry, rules
+from kfcore_cli.race.arrays import ArrayContender
+from kfcore_cli.race.command import settings_of
+from kfcore_cli.race.course import Run, deviation, run
+from kfcore_cli.race.interfaces import Data
+from kfcore_cli.race.network import mlp
+
+LOSSES = ("cross-entropy", "squared error", "binary cross-entropy")
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+class Small:
+    """A problem without files."""
+
+    title, batch_size, steps, target, metric, settings = "small", 16, 30, 0.5, "test loss", {}
+
+    def __init__(self, loss="cross-entropy", activation="tanh"):
+        self.network = mlp((5, 8, 7, 3), activation, loss)
+
+    def load(self):
+        rng = np.random.default_rng(3)
+        x = rng.normal(size=(120, 5))
+        z = np.tanh(x @ rng.normal(size=(5, 3)))
+        y = np.argmax(z, axis=1) if self.network.loss.kind == "cross-entropy" else 0.5 + 0.5 * z
+        return Data(x[:100], y[:100], x[100:], y[100:])
+
+    def score(self, outputs, targets):
+        return float(self.network.loss.value(xp, outputs, targets))
+
+
+def _rule(method):
+    loaded = registry.load("methods", method)
+    return loaded.rule(settings_of("small", Small(), method, loaded))
+
+
+def _run(problem, backend, rule, steps=30, make=None, **options):
+    weights = problem.network.init(0)
+    make = make or (lambda: backend.contender(problem.network, weights, rule, "float64"))
+    return run(make, problem, problem.load(), 0, **({"seconds": None, "steps": steps} | options), watch=lambda *_: None)
+
+
+@needs_torch
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_backends_follow_one_trajectory(method, loss):
+    problem, rule = Small(loss), _rule(method)
+    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", "torch"))
+    assert deviation(ours.compared, problem.network.init(0)) > 1e-3
+    assert deviation(theirs.compared, ours.compared) <= 1e-10
+    np.testing.assert_allclose(theirs.losses, ours.losses, rtol=1e-9)
+
+
+@needs_torch
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+def test_backends_agree_on_other_activations(activation):
+    problem, rule = Small(activation=activation), _rule("sgd")
+    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", "torch"))
+    assert deviation(theirs.compared, ours.compared) <= 1e-10
+
+
+class Spy:
+    """A contender that remembers what it was given."""
+
+    def __init__(self, weights):
+        self.start, self.seen = weights, []
+
+    def step(self, x, y):
+        self.seen.append((x.copy(), y.copy()))
+
+    def weights(self):
+        return self.start
+
+    def state_bytes(self):
+        return 0
+
+
+def test_all_see_the_same_batches_and_start_from_the_same_weights():
+    problem = Small()
+    spies = []
+
+    def make():
+        spies.append(Spy(problem.network.init(0)))
+        return spies[-1]
+
+    runs = [_run(problem, None, None, steps=20, make=make) for _ in range(2)]
+    assert len(spies) == 4, "each has one for warming up"
+    first, second = spies[1], spies[3]
+    assert len(first.seen) == len(second.seen) == 20
+    for (x, y), (u, v) in zip(first.seen, second.seen, strict=True):
+        assert np.array_equal(x, u)
+        assert np.array_equal(y, v)
+    assert runs[0].losses[0] == runs[1].losses[0]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=needs_torch), "numpy"])
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_initial_weights_are_those_given_and_survive_training(method, backend):
+    problem = Small()
+    weights = problem.network.init(0)
+    kept = problem.network.init(0)
+    contender = registry.load("backends", backend).contender(problem.network, weights, _rule(method), "float64")
+    assert deviation(contender.weights(), kept) == 0.0
+    data = problem.load()
+    contender.step(data.train_x, data.train_y)
+    assert deviation(contender.weights(), kept) > 0.0
+    assert deviation(weights, kept) == 0.0
+
+
+def test_state_bytes_are_those_of_the_buffers():
+    network = mlp((5, 8, 3), "tanh", "squared error")
+    numbers = sum(w.size for own in network.init(0).values() for w in own.values())
+    x, y = np.ones((4, 5)), np.zeros((4, 3))
+    for rule, buffers in ((rules.SGD(lr=0.1), 1), (rules.Adam(lr=0.1), 2)):
+        contender = ArrayContender(xp, network, network.init(0), rule, "float32")
+        contender.step(x, y)
+        assert contender.state_bytes() == buffers * 4 * numbers
+    kfac = ArrayContender(xp, network, network.init(0), _rule("kfac"), "float64")
+    factors = 2 * 8 * (6**2 + 8**2 + 9**2 + 3**2)
+    assert factors + 8 * numbers <= kfac.state_bytes() < factors + 8 * numbers + 200
+
+
+def test_float32_stays_float32():
+    problem = Small()
+    for method in registry.names("methods"):
+        contender = ArrayContender(xp, problem.network, problem.network.init(0), _rule(method), "float32")
+        contender.step(problem.load().train_x, problem.load().train_y)
+        assert all(w.dtype == np.float32 for own in contender.weights().values() for w in own.values())
+
+
+def test_clock_ends_a_run_and_measuring_is_not_on_it():
+    result = _run(Small(), registry.load("backends", "numpy"), _rule("sgd"), seconds=0.2, steps=None)
+    assert 0.2 <= result.seconds[-1] < 0.4
+    assert result.seconds[-1] == pytest.approx(sum(result.milliseconds) / 1e3)
+    assert result.steps[-1] == len(result.milliseconds)
+    assert result.compared is not None
+
+
+def test_divergence_ends_a_run():
+    with np.errstate(all="ignore"):
+        result = _run(Small("squared error"), registry.load("backends", "numpy"), rules.SGD(lr=1e6), steps=4000)
+    assert not np.isfinite(result.losses[-1])
+    assert result.steps[-1] < 4000
+
+
+def test_target_is_interpolated():
+    result = Run(steps=[0, 10, 20], seconds=[0.0, 1.0, 2.0], losses=[1.0, 0.1, 0.001])
+    assert result.reached(0.01) == pytest.approx((1.5, 15.0))
+    assert result.reached(2.0) == (0.0, 0)
+    assert result.reached(1e-4) is None
+
+
+def test_settings_come_from_the_problem_then_the_method_then_the_default():
+    class Method:
+        default, settings = {"lr": 1.0}, {"p": {"lr": 2.0}}
+
+    problem = Small()
+    assert settings_of("q", problem, "m", Method()) == {"lr": 1.0}
+    assert settings_of("p", problem, "m", Method()) == {"lr": 2.0}
+    problem.settings = {"m": {"lr": 3.0}}
+    assert settings_of("p", problem, "m", Method()) == {"lr": 3.0}
