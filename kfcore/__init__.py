@@ -5,7 +5,7 @@ Grouped by purpose; see the documentation for the guide to each.
 
 # methods
 # arrays: hooks by which a library does better than the portable reference
-from kfcore._array import primitives, register_cond, register_kernel
+from kfcore._array import primitives, register_cond, register_kernel, to_numpy
 from kfcore._version import __version__
 
 # saving
@@ -59,4 +59,5 @@ __all__ = [
     "register_cond",
     "register_kernel",
     "save",
+    "to_numpy",
 ]

@@ -81,19 +81,22 @@ def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: Optimize
 
 def to_arrays(optimizer: ModelOptimizer, state: OptimizerState) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
     """A state as named NumPy arrays and a header of JSON types."""
-    arrays = {name: to_numpy(x) for name, x in _named(optimizer, state).items()}
+    return {name: to_numpy(x) for name, x in named(optimizer, state).items()}, header_of(optimizer, state)
+
+
+def header_of(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Any]:
+    """The header alone: format, version, counters, and kind, shape and configuration of every block."""
     blocks = {
         name: {"method": block.method.name, "shape": list(block.layer.shape), "config": block.method.config()}
         for name, block in optimizer.preconditioner.blocks.items()
     }
-    header = {
+    return {
         "format": FORMAT,
         "version": __version__,
         "count": int(to_numpy(state.curvature.count)),
         "observed": int(to_numpy(state.curvature.observed)),
         "blocks": blocks,
     }
-    return arrays, header
 
 
 def from_arrays(
@@ -108,7 +111,7 @@ def from_arrays(
         if found[name]["method"] != block.method.name or tuple(found[name]["shape"]) != tuple(block.layer.shape):
             came = f"{found[name]['method']} {tuple(found[name]['shape'])}"
             raise CheckpointError(f"block {name!r} is {block.method.name} {tuple(block.layer.shape)} here but {came} in the checkpoint")
-    targets = _named(optimizer, like)
+    targets = named(optimizer, like)
     _same_names("arrays", targets, arrays)
     loaded = {}
     for name, target in targets.items():
@@ -125,7 +128,8 @@ def from_arrays(
     return OptimizerState(PreconditionerState(counters[0], counters[1], blocks), StepState(momentum, loaded["skipped"]))
 
 
-def _named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
+def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
+    """The arrays of a state by name, in the library they are in; the counters are in the header."""
     named: dict[str, Array] = {"skipped": state.step.skipped}
     for name, block in state.curvature.blocks.items():
         _collect(block, f"curvature/{name}", named)

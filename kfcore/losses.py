@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace
 
@@ -118,6 +118,8 @@ class CrossEntropy:
 class MSE:
     """Squared error ``(f - y)^2``, as ``torch.nn.functional.mse_loss``: every number compared is a term, with Hessian 2."""
 
+    per_entry: ClassVar[bool] = True
+
     def terms(self, outputs: Array, targets: Array | None = None) -> float:
         """All entries of the outputs."""
         return float(math.prod(outputs.shape))
@@ -138,6 +140,8 @@ class MSE:
 @dataclass(frozen=True)
 class BCEWithLogits:
     """Binary cross-entropy of logits, as ``torch.nn.functional.binary_cross_entropy_with_logits``: every logit is a term."""
+
+    per_entry: ClassVar[bool] = True
 
     def terms(self, outputs: Array, targets: Array | None = None) -> float:
         """All entries of the outputs."""

@@ -157,6 +157,21 @@ class ModelOptimizer:
             directions = stepsize.graft(matrices, directions)
         return grads, self.model.parameters(directions), curvature._replace(count=curvature.count + 1)
 
+    def across(
+        self, statistics: Mapping[str, Any], terms: float | Array, total: Callable[[Any], Any]
+    ) -> tuple[dict[str, Any], float | Array]:
+        """Statistics and terms of a whole batch from those of this rank's part of it.
+
+        ``total`` sums an array or a number over the ranks. Each rank's output gradients must come from its own mean (or sum) loss.
+        """
+        everyone = total(terms)
+        summed = {}
+        for name, part in statistics.items():
+            part = part.over(self._over(terms)).weighing(terms)
+            part = type(part)(*(None if field is None else total(field) for field in part))
+            summed[name] = part.weighing(self._over(everyone))
+        return summed, everyone
+
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
         """Counters as host numbers: steps taken and skipped, and by block the statistics dropped and the refreshes that failed.
 

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from kfcore_cli.app import app
+from kfcore_cli.race import registry
 from typer.testing import CliRunner
 
 import kfcore
-from kfcore_cli.app import app
-from kfcore_cli.race import registry
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -23,7 +23,7 @@ def _race(*arguments):
 def test_a_short_race_prints_a_table_and_writes_a_picture_and_numbers(tmp_path):
     result = _race("--steps", "25", "--seed", "4", "--out", str(tmp_path / "deep" / "race"))
     assert result.exit_code == 0, result.output
-    for text in ("digits 8x8 (scikit-learn)", "SGD", "Adam", "K-FAC", "time to", "accuracy", "ms a", "deviation"):
+    for text in ("digits 8x8 (scikit-learn)", "SGD", "Adam", "K-FAC", "time to", "accuracy", "ms a", "differ"):
         assert text in result.output
     assert (tmp_path / "deep" / "race" / "race.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "deep" / "race" / "race.json").read_text())

@@ -56,7 +56,19 @@ def dense_blocks():
     """
 
     def make(
-        net, x, loss, y=None, *, fisher="exact", bias=None, sharing="expand", draw=None, samples=1, path="method", reduction="mean", error=None
+        net,
+        x,
+        loss,
+        y=None,
+        *,
+        fisher="exact",
+        bias=None,
+        sharing="expand",
+        draw=None,
+        samples=1,
+        path="method",
+        reduction="mean",
+        error=None,
     ):
         method = kf.KFAC(fisher=fisher, mc_samples=samples)
         terms = reference.count_terms(loss, net.forward(x)[0]) * (1.01 if error == "terms" else 1.0)
@@ -192,9 +204,9 @@ def model():
 
     def flat(tree):
         leaves = []
-        for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else [tree]:
+        for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else [tree]:
             if value is not None:
-                leaves += flat(value) if isinstance(value, (dict, tuple)) else [np.array(value)]
+                leaves += flat(value) if isinstance(value, dict | tuple | list) else [np.array(value)]
         return leaves
 
     def same(x, y, tolerance=0.0):

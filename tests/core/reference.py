@@ -6,6 +6,7 @@ outputs of example n by the layer's weight, obtained by pulling unit vectors bac
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Net:
 
     @classmethod
     def random(cls, rng, sizes, *, bias=False, activation="linear", pools=None):
-        weights = [rng.normal(size=(o, i)) / np.sqrt(i) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        weights = [rng.normal(size=(o, i)) / np.sqrt(i) for i, o in pairwise(sizes)]
         biases = [0.3 * rng.normal(size=o) if bias else None for o in sizes[1:]]
         return cls(weights, biases, activation, pools or {})
 

@@ -118,7 +118,7 @@ def test_no_norm_of_a_rank_deficient_factor_is_rounding_noise(ref, rng, fitted, 
     layer, grad = kf.Linear(8, 2, None), np.einsum("nso,nsi->oi", g, x) / 3
     method = kf.KFAC(damping=kf.Damping(0.05, "factored", norm))
     direction = method.precondition(layer, fitted(method, layer, x, g), grad)
-    assert 0.01 < ref.distance(np.zeros_like(grad), grad) * np.linalg.norm(direction) / np.linalg.norm(grad) < 1000
+    assert 0.01 < np.linalg.norm(direction) / np.linalg.norm(grad) < 1000
     for _ in range(5):
         turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
         turned = method.precondition(layer, fitted(method, layer, x @ turn, g), grad @ turn) @ turn.T

@@ -152,3 +152,25 @@ def test_directions_are_finite_and_descend_for_degenerate_and_badly_scaled_data(
     inner = np.sum(grad.astype(np.float64) * direction.astype(np.float64))
     # rounding of the sum itself is forgiven
     assert inner >= -4 * np.finfo(dtype).eps * np.sum(np.abs(grad.astype(np.float64) * direction))
+
+
+@pytest.mark.parametrize(("kind", "norm"), KINDS)
+@pytest.mark.parametrize("lam", [1e-3, 1e-5, 1e-7])
+def test_single_precision_comes_near_double_precision_where_factors_have_no_full_rank(rng, captures, fitted, kind, norm, lam):
+    x, g = captures(rng, 16, 1, 64, 8)
+    layer, method = kf.Linear(64, 8, None), kf.KFAC(damping=kf.Damping(lam, kind, norm))
+    grad = np.einsum("nso,nsi->oi", g, x) / 16
+    double, single = (
+        method.precondition(layer, fitted(method, layer, x.astype(t), g.astype(t)), grad.astype(t)) for t in (np.float64, np.float32)
+    )
+    assert np.linalg.norm(single - double) < 0.05 * np.linalg.norm(double)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay", "clip"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_schedule_that_is_not_finite_leaves_the_weights_finite(rng, model, name, bad):
+    optimizer = kf.Optimizer(kf.KFAC(damping=0.1), model.layers(), **{name: lambda step: bad if step == 1 else 0.01})
+    params = model.params(rng)
+    with np.errstate(all="ignore"):
+        params, state = model.run(optimizer, params, optimizer.init(params), [model.batch(rng) for _ in range(4)])
+    assert all(np.isfinite(leaf).all() for leaf in model.flat((params, state)))

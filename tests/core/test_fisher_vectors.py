@@ -176,7 +176,7 @@ def test_a_custom_loss_is_asked_for_everything(ref, rng, drawer):
 
 def test_wrong_calls_name_the_parameter(rng):
     f = rng.normal(size=(2, 3))
-    with pytest.raises(ValueError, match="`fisher`.*'mc' or 'exact'.*'empirical'"):
+    with pytest.raises(ValueError, match=r"`fisher`.*'mc' or 'exact'.*'empirical'"):
         list(kf.fisher_vectors("empirical", kf.MSE(), f))
     with pytest.raises(ValueError, match="`draw`"):
         list(kf.fisher_vectors("mc", kf.MSE(), f))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import kfcore as kf
 
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-RULES = [kf.Damping(0.1, kind, norm, relative) for kind, norm in (("exact", "mean"), ("factored", "mean"), ("factored", "spectral"),
-         ("plain", "mean")) for relative in (False, True)]  # fmt: skip
+KINDS = [("exact", "mean"), ("factored", "mean"), ("factored", "spectral"), ("plain", "mean")]
+RULES = [kf.Damping(0.1, kind, norm, relative) for kind, norm in KINDS for relative in (False, True)]
 OPTIONS = [{}, {"clip": 1e-3}, {"graft": True}, {"weight_decay": 0.1, "decay": "coupled"}]
 
 

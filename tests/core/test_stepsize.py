@@ -103,7 +103,9 @@ def test_graft_gives_each_block_the_norm_of_its_gradient(ref, rng, model, bias):
     for name in ("fc1", "fc2"):
         groups = [["weight", "bias"]] if bias == "joint" else [["weight"], ["bias"]]
         for group in groups:
-            grad, plain, grafted = (np.concatenate([t[name][r].reshape(-1) for r in group]) for t in (grads, directions[False], directions[True]))
+            grad, plain, grafted = (
+                np.concatenate([t[name][r].reshape(-1) for r in group]) for t in (grads, directions[False], directions[True])
+            )
             assert np.isclose(np.linalg.norm(grafted), np.linalg.norm(grad), rtol=1e-12)
             assert ref.distance(grafted / np.linalg.norm(grafted), plain / np.linalg.norm(plain)) < 1e-12
             assert not np.isclose(np.linalg.norm(plain), np.linalg.norm(grad), rtol=1e-2)
@@ -139,7 +141,7 @@ def test_overrides_may_be_one_a_parameter_or_block(ref, rng, model):
     optimizer = kf.Optimizer(kf.KFAC(damping=0.1), model.layers(), momentum=0.0)
     init = optimizer.init(params)
     one, _ = optimizer.step(params, grads, records, init)
-    rates = {n: 0.1 for n in names} | {"fc1.bias": 0.2}
+    rates = dict.fromkeys(names, 0.1) | {"fc1.bias": 0.2}
     two, _ = optimizer.step(params, grads, records, init, overrides={"learning_rate": rates})
     assert ref.distance(two["fc1"]["bias"] - params["fc1"]["bias"], 2 * (one["fc1"]["bias"] - params["fc1"]["bias"])) < 1e-12
     assert np.array_equal(two["fc1"]["weight"], one["fc1"]["weight"])

@@ -1,0 +1,9 @@
+"""kfcore for PyTorch: capture by hooks, and a real ``torch.optim.Optimizer``."""
+
+from kfcore_torch import kernels as _kernels
+from kfcore_torch.optimizer import Optimizer
+from kfcore_torch.preconditioner import Preconditioner
+
+_kernels.register()
+
+__all__ = ["Optimizer", "Preconditioner"]

@@ -1,0 +1,103 @@
+"""Seeing a layer's inputs and output gradients: one forward hook, and a tensor hook on the output where gradients are wanted.
+
+A hook on the output tensor, unlike a full backward hook, survives in-place activations, sees every call of a reused module, and
+fires exactly once for an output that takes part in the backward pass; nothing is stored for one that does not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Sink = Callable[[str, Tensor, Tensor | None], None]
+
+
+class Capture:
+    """Hooks on the layers of a model.
+
+    Parameters
+    ----------
+    sites
+        Modules by layer name.
+    sink
+        Called as ``sink(layer, inputs, output_grads)`` for every use of a layer.
+    output_grads
+        Whether output gradients are wanted; if not, the sink is called in the forward pass of training mode and no backward hook exists.
+    deferred
+        Keep each use as ``(inputs, edge of the output in the graph)`` for :meth:`take`, instead of waiting for the training backward.
+    """
+
+    def __init__(self, sites: Mapping[str, list[nn.Module]], sink: Sink, *, output_grads: bool, deferred: bool) -> None:
+        self.wanted = True
+        self._sink = sink
+        self._output_grads = output_grads
+        self._deferred = deferred
+        self._uses: list[tuple[str, Tensor, Any]] = []
+        me = weakref.ref(self)
+        self._handles = [
+            module.register_forward_hook(_Hook(me, weakref.ref(module), layer), with_kwargs=True)
+            for layer, modules in sites.items()
+            for module in modules
+        ]
+
+    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool) -> None:
+        """A layer was called."""
+        if not self.wanted or not torch.is_grad_enabled() or not output.requires_grad:
+            return
+        inputs = inputs.detach()
+        if not self._output_grads:
+            if training:
+                self._sink(layer, inputs, None)
+        elif self._deferred:
+            self._uses.append((layer, inputs, torch.autograd.graph.get_gradient_edge(output)))
+        else:
+            me = weakref.ref(self)
+
+            def fire(grad: Tensor) -> None:
+                capture = me()
+                if capture is not None and capture.wanted:
+                    with torch.no_grad():
+                        capture._sink(layer, inputs, grad.detach())
+
+            output.register_hook(fire)
+
+    def take(self) -> list[tuple[str, Tensor, Any]]:
+        """The deferred uses since the last call."""
+        uses, self._uses = self._uses, []
+        return uses
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.wanted = False
+        self._uses = []
+
+
+class _Hook:
+    """Forward hook that serves one module of one capture; a copied or unpickled module carries an inert one."""
+
+    def __init__(self, capture: weakref.ref[Capture], module: weakref.ref[nn.Module], layer: str) -> None:
+        self.capture, self.module, self.layer = capture, module, layer
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        capture = self.capture()
+        if capture is not None and self.module() is module:
+            capture.use(self.layer, args[0] if args else kwargs["input"], output, module.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class _Inert:
+    def __call__(self, *args: Any) -> None:
+        """Nothing: the copy of a model is not watched by the optimizer of the original."""

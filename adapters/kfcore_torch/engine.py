@@ -1,0 +1,270 @@
+"""What the optimizer and the preconditioner share: a model's layout, its capture, and the core's state."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import kfcore
+from kfcore import Loss, Method, ModelOptimizer, Needs, OptimizerState, StepSize
+from kfcore.checkpoint import CheckpointError, from_arrays, header_of, load, named, save
+from kfcore.optimizer import merge
+from kfcore_torch.capture import Capture
+from kfcore_torch.fisher import pull_back
+from kfcore_torch.layout import Sharing, layout
+
+
+class Engine:
+    """Curvature of a module: captures, and turns gradients into directions and updates. See :class:`kfcore_torch.Optimizer`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: Method,
+        step: StepSize,
+        trained: Sequence[Tensor],
+        *,
+        loss: Loss | None,
+        loss_reduction: Literal["mean", "sum"],
+        bias: Literal["joint", "separate"],
+        sharing: Sharing | Mapping[str, Sharing],
+        fallback: Method | None,
+        grad_scaler: Any,
+        all_reduce: Callable[[Tensor], Any] | None,
+        group: bool | None,
+        spread: bool,
+        strict: bool,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(module).__name__}")
+        if not isinstance(method, Method):
+            raise TypeError(f"`method` must be a curvature method such as kfcore.KFAC(), got {method!r}")
+        if method.fisher in ("mc", "exact") and loss is None:
+            raise ValueError(f"`loss` must be given for fisher={method.fisher!r}, such as kfcore.CrossEntropy(), got None")
+        self.module, self.method, self.step_size, self.loss = module, method, step, loss
+        self.grad_scaler, self.all_reduce, self.strict = grad_scaler, all_reduce, strict
+        self._how: dict[str, Any] = {"bias": bias, "sharing": sharing}
+        group = any(p.device.type != "cpu" for p in trained) if group is None else group
+        self._options: dict[str, Any] = {
+            "loss_reduction": loss_reduction,
+            "fallback": fallback,
+            "group": group,
+            "spread": spread,
+        }
+        self._excluded: dict[str, str] = {}
+        self._warned: set[str] = set()
+        self.capture: Capture | None = None
+        self.plan(trained)
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    def plan(self, trained: Sequence[Tensor]) -> None:
+        """Lay the model out anew, keeping the state of the blocks and buffers that stay."""
+        old = (self.core, self.state) if self.capture is not None else None
+        found = layout(self.module, trained, excluded=self._excluded, **self._how)
+        core = ModelOptimizer(self.method, found.model, self.step_size, **self._options)
+        if self.strict and found.model.others:
+            lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
+            raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
+        self.layout, self.core = found, core
+        self.state: OptimizerState = core.init({n: p.detach() for n, p in found.parameters.items()})
+        if old is not None:
+            self._adopt(*old)
+        if self.capture is not None:
+            self.capture.remove()
+        needs = Needs.NOTHING
+        for name in found.model.layers:
+            needs |= core.needs(name)
+        self.capture = Capture(
+            found.sites,
+            self._sink,
+            output_grads=Needs.OUTPUT_GRADS in needs,
+            deferred=self.method.fisher in ("mc", "exact"),
+        )
+        self._output_layer: str | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was captured since the last step."""
+        self._statistics: dict[str, Any] = {}
+        self._terms: float | Tensor = 0.0
+        assert self.capture is not None
+        self.capture.take()
+        self.capture.wanted = bool(self.core.stats_due(self.state))
+
+    # -- capture -------------------------------------------------------------------------------------------------------
+
+    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None) -> None:
+        layer = self.layout.model.layers[name]
+        if inputs.ndim == 1:
+            inputs, grads = inputs[None], None if grads is None else grads[None]
+        merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads)))
+        if self.method.fisher == "empirical" and grads is not None:
+            # the backward pass reaches the output layer first, and its rows are the terms of the loss
+            self._output_layer = self._output_layer or name
+            if name == self._output_layer:
+                self._terms += math.prod(grads.shape if getattr(self.loss, "per_entry", False) else grads.shape[:-1])
+        elif self.method.fisher == "forward":
+            self._output_layer = name
+
+    def backward_fisher(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> None:
+        """See :meth:`kfcore_torch.Optimizer.backward_fisher`."""
+        assert self.capture is not None
+        if self.method.fisher not in ("mc", "exact"):
+            raise ValueError(f"`backward_fisher` is for fisher='mc' and 'exact'; this method has fisher={self.method.fisher!r}")
+        if not self.capture.wanted:
+            return
+        assert self.loss is not None
+        uses = self.capture.take()
+        if not uses:
+            raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
+        self.capture.wanted = False  # a checkpointed region runs its forward pass again in here
+        try:
+            pull_back(self.method, self.loss, outputs, targets, generator, uses, self._sink)
+        finally:
+            self.capture.wanted = True
+        detached = outputs.detach()
+        self._terms += self.loss.terms(detached, targets)
+
+    # -- step ----------------------------------------------------------------------------------------------------------
+
+    def directions(self, damping: Mapping[str, float | None], terms: float | Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the mean loss and their directions, by parameter; the state moves on by one step."""
+        grads, statistics, terms = self._gather(terms)
+        grads, found, curvature = self.core.directions(
+            grads, self.state, statistics, terms=terms, loss_scale=self._scale(), damping=self._by_block(damping)
+        )
+        self.state = self.state._replace(curvature=curvature)
+        self.clear()
+        return grads, found
+
+    def updates(self, overrides: Mapping[str, Any], terms: float | Tensor | None) -> dict[str, Tensor]:
+        """Updates by parameter; the state moves on by one step."""
+        grads, statistics, terms = self._gather(terms)
+        overrides = dict(overrides)
+        overrides["damping"] = self._by_block(overrides["damping"])
+        params = {name: self.layout.parameters[name].detach() for name in grads}
+        found, self.state = self.core.update(
+            params, grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
+        )
+        self.clear()
+        return found
+
+    def _gather(self, terms: float | Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
+        assert self.capture is not None
+        grads = {name: p.grad.detach() for name, p in self.layout.parameters.items() if p.grad is not None}
+        if not grads:
+            raise RuntimeError("`step` found no gradient in any parameter: call `loss.backward()` before it")
+        sparse = [name for name, g in grads.items() if g.layout != torch.strided]
+        if sparse:
+            raise TypeError(f"sparse gradients are not supported, got one for {sparse[0]!r}: use sparse=False in that embedding")
+        if not self.capture.wanted:
+            return grads, None, self._count_terms(terms)
+        self._check_captured(grads)
+        statistics = {name: part for name, part in self._statistics.items() if name in self.core.preconditioner.blocks}
+        terms = self._count_terms(terms)
+        if self.all_reduce is not None:
+            statistics, terms = self.core.across(statistics, terms, self._sum_over_ranks)
+        return grads, statistics, terms
+
+    def _count_terms(self, terms: float | Tensor | None) -> Any:
+        assert self.capture is not None
+        if terms is not None:
+            return terms
+        if isinstance(self._terms, Tensor) or self._terms > 0:
+            return self._terms
+        if self.core.loss_reduction == "sum":
+            raise ValueError("`terms` must be given to `step` for a summed loss where no output gradients were captured in this step")
+        return 1.0
+
+    def _check_captured(self, grads: Mapping[str, Tensor]) -> None:
+        """Move layers whose weight has a gradient although nobody saw them called to the fallback, or say so."""
+        silent = {}
+        for name in self.layout.model.layers:
+            blocks = [name + suffix for suffix in self.layout.model.layers[name].blocks()]
+            if self.layout.model.roles(name)["weight"] in grads and not any(b in self._statistics for b in blocks):
+                silent[name] = "its weight is used, but the module was not called, so no hook saw it"
+        if not silent:
+            return
+        if len(silent) == len(self.layout.model.layers) and self.method.fisher in ("mc", "exact"):
+            raise RuntimeError(
+                f"fisher={self.method.fisher!r} has no statistics in this step: call `optimizer.backward_fisher(outputs, targets)` "
+                "after the forward pass and before `loss.backward()`"
+            )
+        if self.strict:
+            raise RuntimeError(f"`strict` is set, but {'; '.join(f'{n}: {why}' for n, why in silent.items())}")
+        new = {name: why for name, why in silent.items() if name not in self._warned}
+        self._warned |= set(new)
+        for name, why in new.items():
+            warnings.warn(f"layer {name!r} has no statistics in this step: {why}", stacklevel=5)
+        if new and int(self.state.curvature.observed) == 0:
+            self._excluded |= new
+            statistics, terms, output = self._statistics, self._terms, self._output_layer
+            self.plan(list(self.layout.parameters.values()))
+            self._statistics, self._terms, self._output_layer = statistics, terms, output
+
+    def _by_block(self, damping: Mapping[str, float | None]) -> dict[str, float]:
+        """Damping by block from that by parameter: a block follows the group of its first parameter."""
+        blocks: dict[str, float] = {}
+        for parameter, names in self.layout.model.block_names().items():
+            value = damping.get(parameter)
+            for name in names:
+                if value is not None:
+                    blocks.setdefault(name, value)
+        return blocks
+
+    def _scale(self) -> float:
+        return float(self.grad_scaler.get_scale()) if self.grad_scaler is not None and self._statistics else 1.0
+
+    def _sum_over_ranks(self, x: Any) -> Any:
+        assert self.all_reduce is not None
+        first = next(iter(self.layout.parameters.values()))
+        tensor = x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=first.device)
+        self.all_reduce(tensor)
+        return tensor if isinstance(x, Tensor) else float(tensor)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name and a JSON text: loadable with ``weights_only=True``."""
+        return {"arrays": named(self.core, self.state), "header": json.dumps(header_of(self.core, self.state))}
+
+    def restored(self, saved: Mapping[str, Any]) -> OptimizerState:
+        """The state in what :meth:`state_dict` gave, checked against this model; nothing is changed."""
+        if set(saved) != {"arrays", "header"}:
+            raise CheckpointError("`state_dict` has no kfcore state: it is of another optimizer")
+        arrays = {name: kfcore.to_numpy(x) for name, x in saved["arrays"].items()}
+        return from_arrays(self.core, self.state, arrays, json.loads(saved["header"]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file that every framework reads."""
+        save(path, self.core, self.state)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read such a file."""
+        self.restore(load(path, self.core, self.state))
+
+    def restore(self, state: OptimizerState) -> None:
+        """Go on from ``state``."""
+        self.state = state
+        self.clear()
+
+    def _adopt(self, core: ModelOptimizer, state: OptimizerState) -> None:
+        old, new = core.preconditioner.blocks, self.core.preconditioner.blocks
+        kept = {name: state.curvature.blocks[name] for name in new if name in old and old[name] == new[name]}
+        momentum = {name: state.step.momentum[name] for name in self.state.step.momentum if name in state.step.momentum}
+        self.state = OptimizerState(
+            state.curvature._replace(blocks=self.state.curvature.blocks | kept),
+            state.step._replace(momentum=self.state.step.momentum | momentum),
+        )
+
+    @staticmethod
+    def _fallback(core: ModelOptimizer) -> str:
+        return next(core.preconditioner.blocks[name].method.name for name in core.model.others)

@@ -1,0 +1,246 @@
+"""The optimizer: a real ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfcore import Loss, Method, Report, StepSize
+from kfcore._array import Schedule
+from kfcore.damping import check_positive
+from kfcore.optimizer import added
+from kfcore_torch.engine import Engine
+from kfcore_torch.layout import Sharing
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Curvature-preconditioned gradient descent with momentum, for any ``nn.Module``.
+
+    Use it like ``torch.optim.SGD``: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. Parameters of no supported layer get
+    the fallback; :meth:`report` says which and why.
+
+    Parameters
+    ----------
+    model
+        The module, whose ``nn.Linear`` layers are hooked. Create the optimizer before compiling the model.
+    method
+        Such as :class:`kfcore.KFAC`.
+    params
+        Parameters or groups of them, as for any optimizer; all of the model's if not given. A group may set ``lr``, ``weight_decay`` and
+        ``damping``.
+    lr, momentum, nesterov, weight_decay, decay, clip, graft
+        See :class:`kfcore.StepSize`. ``lr`` lives in the groups, where schedulers find it. Clipping of raw gradients goes between
+        ``backward`` and ``step`` as usual; ``clip`` here bounds the preconditioned step.
+    loss
+        Description of the loss such as :class:`kfcore.CrossEntropy`; needed for the Fisher types ``"mc"`` and ``"exact"``.
+    loss_reduction
+        ``"mean"`` or ``"sum"``: what the training loss is over its terms. The terms are counted as the rows of the output layer (examples
+        of a classifier, tokens of a language model), times its width if ``loss`` compares numbers one by one (MSE, BCE); give
+        ``terms`` to :meth:`step` where that is not so. With gradient accumulation the sum of the micro-batches' gradients must be
+        the gradient of the whole.
+    bias, sharing
+        See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by module name.
+    fallback
+        Method for parameters of no layer, a :class:`kfcore.Diagonal` if not given.
+    grad_scaler
+        The ``torch.amp.GradScaler`` in use, if any: output gradients are captured before it unscales.
+    all_reduce
+        For data parallelism: a function that sums a tensor over the ranks in place, such as ``torch.distributed.all_reduce``.
+    group, spread
+        See :class:`kfcore.Preconditioner`; ``group`` is on by default where parameters are not on the CPU.
+    strict
+        Raise where a parameter would get the fallback.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        params: Params | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float | Schedule = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decay: Literal["decoupled", "coupled"] = "decoupled",
+        clip: float | Schedule | None = None,
+        graft: bool = False,
+        loss: Loss | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        bias: Literal["joint", "separate"] = "joint",
+        sharing: Sharing | Mapping[str, Sharing] = "expand",
+        fallback: Method | None = None,
+        grad_scaler: Any = None,
+        all_reduce: Callable[[Tensor], Any] | None = None,
+        group: bool | None = None,
+        spread: bool = False,
+        strict: bool = False,
+    ) -> None:
+        step = StepSize(
+            learning_rate=0.0,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=0.0,
+            decay=decay,
+            clip=clip,
+            graft=graft,
+        )
+        self._engine: Engine | None = None
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "damping": None})
+        self._arguments = {k: v for k, v in locals().items() if k not in ("self", "model", "params", "step", "__class__")}
+        self._model = model
+        self._engine = Engine(
+            model,
+            method,
+            step,
+            self._trained(),
+            loss=loss,
+            loss_reduction=loss_reduction,
+            bias=bias,
+            sharing=sharing,
+            fallback=fallback,
+            grad_scaler=grad_scaler,
+            all_reduce=all_reduce,
+            group=group,
+            spread=spread,
+            strict=strict,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """Layout, capture and state of the curvature."""
+        assert self._engine is not None
+        return self._engine
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, terms: float | Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run ``closure`` if given, take its gradients, and update the parameters.
+
+        ``terms`` is the number of terms in the loss of this step, where the default count (see the class) is not right.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine = self.engine
+        per_parameter: dict[str, dict[str, Any]] = {"learning_rate": {}, "weight_decay": {}, "damping": {}}
+        names = {id(p): name for name, p in engine.layout.parameters.items()}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in names:
+                    name = names[id(p)]
+                    per_parameter["learning_rate"][name] = group["lr"]
+                    per_parameter["weight_decay"][name] = group["weight_decay"]
+                    per_parameter["damping"][name] = group["damping"]
+        self._write(engine.updates(per_parameter, terms))
+        return loss
+
+    def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
+        """Take the statistics of ``fisher="mc"`` or ``"exact"``: call it between the forward pass and ``loss.backward()``.
+
+        It runs one backward pass for each draw (mc) or column of the output Hessian (exact), touches no ``.grad`` and keeps the
+        graph. At steps where no statistics are due it returns at once.
+
+        Parameters
+        ----------
+        outputs
+            What the model returned, as the loss gets it.
+        targets
+            Needed only where the loss ignores some of them.
+        generator
+            Source of the drawn labels.
+        """
+        self.engine.backward_fisher(outputs, targets, generator)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every optimizer; what was captured for gradients that are thrown away is thrown away too."""
+        super().zero_grad(set_to_none)
+        if self._engine is not None:
+            self._engine.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; layers of the new parameters are hooked."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name in ("lr", "weight_decay"):
+                if not isinstance(group[name], Tensor):
+                    check_positive(name, group[name], zero=True)
+            if group["damping"] is not None:
+                check_positive("damping", group["damping"])
+            if self._engine is not None:
+                self._engine.plan(self._trained())
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def report(self) -> Report:
+        """For every parameter: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
+        itemsize = 8 if any(p.dtype == torch.float64 for p in self._trained()) else 4
+        return self.engine.core.report(self.engine.layout.reasons, itemsize)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Counters: see :meth:`kfcore.ModelOptimizer.diagnostics`."""
+        return self.engine.core.diagnostics(self.engine.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups as in every optimizer; curvature and momentum under ``"kfcore"``, in float32 or wider whatever the model's dtype."""
+        return super().state_dict() | {"kfcore": self.engine.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on exactly from ``state_dict``.
+
+        Raises
+        ------
+        kfcore.CheckpointError
+            If it is of another model or method; the optimizer is then as it was.
+        """
+        state = self.engine.restored(state_dict.get("kfcore", {}))
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfcore"})
+        self.engine.restore(state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write curvature and momentum to a file that every framework reads: see :func:`kfcore.save`."""
+        self.engine.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read such a file; groups stay as they are."""
+        self.engine.load(path)
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; the optimizer cannot step afterwards."""
+        assert self.engine.capture is not None
+        self.engine.capture.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        """An independent optimizer of a copy of the model (of the copy in ``memo``, if the model was copied before)."""
+        model = copy.deepcopy(self._model, memo)
+        twins = dict(zip(map(id, self._model.parameters()), model.parameters(), strict=True))
+        groups = [{**group, "params": [twins[id(p)] for p in group["params"]]} for group in self.param_groups]
+        twin = Optimizer(model, params=groups, **self._arguments)
+        twin.load_state_dict(copy.deepcopy(self.state_dict()))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an optimizer with hooks cannot be pickled: save `state_dict()`, or `optimizer.save(path)`")
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _write(self, updates: Mapping[str, Tensor]) -> None:
+        same = {name: u for name, u in updates.items() if u.dtype == self.engine.layout.parameters[name].dtype}
+        if same:
+            torch._foreach_add_([self.engine.layout.parameters[name] for name in same], list(same.values()))
+        for name, update in updates.items():
+            if name not in same:
+                p = self.engine.layout.parameters[name]
+                p.copy_(added(p, update))

@@ -1,0 +1,116 @@
+"""The preconditioner: rewrites ``.grad`` before any other optimizer steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfcore import Loss, Method, Report, StepSize
+from kfcore.stepsize import clip_scale
+from kfcore_torch.engine import Engine
+from kfcore_torch.layout import Sharing
+
+
+class Preconditioner:
+    """Replaces the gradients of a model by their directions: ``loss.backward(); preconditioner.step(); optimizer.step()``.
+
+    Momentum, weight decay and learning rate are the other optimizer's. A gradient whose direction is not finite becomes zero.
+
+    Parameters
+    ----------
+    model, method, loss, loss_reduction, bias, sharing, fallback, grad_scaler, all_reduce, group, spread, strict
+        See :class:`kfcore_torch.Optimizer`.
+    graft
+        Give each block's direction the norm of its gradient, so that the other optimizer's learning rate keeps its meaning.
+    clip
+        KL clip, see :class:`kfcore.StepSize`; it needs the learning rate, so give that to :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        graft: bool = False,
+        clip: float | None = None,
+        loss: Loss | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        bias: Literal["joint", "separate"] = "joint",
+        sharing: Sharing | Mapping[str, Sharing] = "expand",
+        fallback: Method | None = None,
+        grad_scaler: Any = None,
+        all_reduce: Callable[[Tensor], Any] | None = None,
+        group: bool | None = None,
+        spread: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self._clip = clip
+        self.engine = Engine(
+            model,
+            method,
+            StepSize(momentum=0.0, graft=graft, clip=clip),
+            [p for p in model.parameters() if p.requires_grad],
+            loss=loss,
+            loss_reduction=loss_reduction,
+            bias=bias,
+            sharing=sharing,
+            fallback=fallback,
+            grad_scaler=grad_scaler,
+            all_reduce=all_reduce,
+            group=group,
+            spread=spread,
+            strict=strict,
+        )
+
+    @torch.no_grad()
+    def step(self, *, lr: float | None = None, terms: float | Tensor | None = None) -> None:
+        """Rewrite ``.grad`` of every parameter that has one."""
+        if self._clip is not None and lr is None:
+            raise ValueError("`lr` must be given to `step`: the clip bounds learning rate times direction")
+        grads, directions = self.engine.directions({}, terms)
+        if self._clip is not None:
+            scale = clip_scale(self._clip, lr, grads, directions)
+            directions = {name: d * scale for name, d in directions.items()}
+        ok = torch.stack([torch.isfinite(d.sum()) for d in directions.values()]).all()
+        for name, direction in directions.items():
+            grad = self.engine.layout.parameters[name].grad
+            assert grad is not None
+            grad.copy_(torch.where(ok, direction, torch.zeros_like(direction)))
+
+    def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
+        """See :meth:`kfcore_torch.Optimizer.backward_fisher`."""
+        self.engine.backward_fisher(outputs, targets, generator)
+
+    def report(self) -> Report:
+        """See :meth:`kfcore_torch.Optimizer.report`."""
+        wide = any(p.dtype == torch.float64 for p in self.engine.layout.parameters.values())
+        return self.engine.core.report(self.engine.layout.reasons, 8 if wide else 4)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """See :meth:`kfcore.ModelOptimizer.diagnostics`."""
+        return self.engine.core.diagnostics(self.engine.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Curvature, loadable with ``weights_only=True``."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on exactly from ``state_dict``; one of another model or method is refused and changes nothing."""
+        self.engine.restore(self.engine.restored(state_dict))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the curvature to a file that every framework reads."""
+        self.engine.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read such a file."""
+        self.engine.load(path)
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model."""
+        assert self.engine.capture is not None
+        self.engine.capture.remove()
