@@ -95,19 +95,19 @@ def known(x: int | Array) -> int | None:
 
 
 def to_numpy(x: Array) -> numpy.ndarray:
-    """Copy of ``x`` on the host as a NumPy array."""
+    """Copy of ``x`` on the host as a NumPy array in C order."""
     if isinstance(x, numpy.ndarray | numpy.generic | int | float):
-        return numpy.array(x)
+        return numpy.array(x, order="C")
     name = library(namespace(x))
     if name == "torch":
-        return x.detach().cpu().numpy().copy()
+        return numpy.array(x.detach().cpu().numpy(), order="C")
     if name == "cupy":
-        return x.get()
+        return x.get(order="C")
     if name == "array_api_strict":
         # the strict library refuses every implicit transfer, so cross over explicitly
         host = namespace(x).asarray(0.0).device
-        return numpy.from_dlpack(x.to_device(host)).copy()
-    return numpy.array(x)
+        return numpy.array(numpy.from_dlpack(x.to_device(host)), order="C")
+    return numpy.array(x, order="C")
 
 
 def from_numpy(value: numpy.ndarray, like: Array) -> Array:

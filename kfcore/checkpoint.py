@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from kfcore._array import Array, from_numpy, to_numpy
 from kfcore._version import __version__
@@ -25,6 +25,7 @@ from kfcore.preconditioner import PreconditionerState
 from kfcore.stepsize import StepState
 
 FORMAT = 1
+COUNTERS = ("count", "observed", "refreshed")
 
 
 class CheckpointError(ValueError):
@@ -41,15 +42,15 @@ def save(path: str | os.PathLike[str], optimizer: ModelOptimizer, state: Optimiz
     """
     arrays, header = to_arrays(optimizer, state)
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(arrays, temporary, metadata={"kfcore": json.dumps(header)})
-        with open(temporary, "rb+") as file:
+        with open(temporary, "xb") as file:
+            file.write(serialize(arrays, metadata={"kfcore": json.dumps(header)}))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -68,8 +69,8 @@ def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: Optimize
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"`path` is truncated or not a safetensors file: {error}") from error
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"`path` is truncated or not a safetensors file of arrays: {error}") from error
     if "kfcore" not in metadata:
         raise CheckpointError("`path` is a safetensors file, but not one that kfcore wrote: its metadata has no 'kfcore'")
     try:
@@ -93,8 +94,7 @@ def header_of(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Any
     return {
         "format": FORMAT,
         "version": __version__,
-        "count": int(to_numpy(state.curvature.count)),
-        "observed": int(to_numpy(state.curvature.observed)),
+        **{name: int(to_numpy(getattr(state.curvature, name))) for name in COUNTERS},
         "blocks": blocks,
     }
 
@@ -103,14 +103,13 @@ def from_arrays(
     optimizer: ModelOptimizer, like: OptimizerState, arrays: Mapping[str, numpy.ndarray], header: Mapping[str, Any]
 ) -> OptimizerState:
     """Inverse of :func:`to_arrays`, after everything has been checked against ``like``."""
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"`header` has format {header.get('format')!r}; this version of kfcore reads format {FORMAT}")
-    expected, found = optimizer.preconditioner.blocks, header.get("blocks", {})
+    _check_header(header)
+    expected, found = optimizer.preconditioner.blocks, header["blocks"]
     _same_names("blocks", expected, found)
     for name, block in expected.items():
-        if found[name]["method"] != block.method.name or tuple(found[name]["shape"]) != tuple(block.layer.shape):
-            came = f"{found[name]['method']} {tuple(found[name]['shape'])}"
-            raise CheckpointError(f"block {name!r} is {block.method.name} {tuple(block.layer.shape)} here but {came} in the checkpoint")
+        here, there = [block.method.name, *block.layer.shape], [found[name]["method"], *found[name]["shape"]]
+        if here != there:
+            raise CheckpointError(f"block {name!r} is {here[0]} {tuple(here[1:])} here but {there[0]} {tuple(there[1:])} in the checkpoint")
     targets = named(optimizer, like)
     _same_names("arrays", targets, arrays)
     loaded = {}
@@ -124,8 +123,8 @@ def from_arrays(
         loaded[name] = from_numpy(value.astype(kind), target)
     blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
     momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum})
-    counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in ("count", "observed")]
-    return OptimizerState(PreconditionerState(counters[0], counters[1], blocks), StepState(momentum, loaded["skipped"]))
+    counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in COUNTERS]
+    return OptimizerState(PreconditionerState(*counters, blocks), StepState(momentum, loaded["skipped"]))
 
 
 def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
@@ -168,6 +167,18 @@ def _rebuild(tree: Any, path: str, named: Mapping[str, Array]) -> Any:
 def _items(tree: Any) -> list[tuple[Any, Any]]:
     keys = tree._fields if hasattr(tree, "_fields") else range(len(tree))
     return list(zip(keys, tree, strict=True))
+
+
+def _check_header(header: Any) -> None:
+    if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+        came = header.get("format") if isinstance(header, Mapping) else header
+        raise CheckpointError(f"the header of the checkpoint has format {came!r}; this version of kfcore reads format {FORMAT}")
+    for name in COUNTERS:
+        if not isinstance(header.get(name), int):
+            raise CheckpointError(f"the header of the checkpoint has no number {name!r}, but {header.get(name)!r}")
+    blocks = header.get("blocks")
+    if not isinstance(blocks, Mapping) or not all(isinstance(b, Mapping) and {"method", "shape"} <= set(b) for b in blocks.values()):
+        raise CheckpointError("the header of the checkpoint does not describe its blocks by method and shape")
 
 
 def _same_names(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kfcore._array import Array, Namespace, Schedule, scalar
-from kfcore.linalg import eigh, mean_diagonal
+from kfcore.linalg import FLOOR, eigh, mean_diagonal
 
 Kind = Literal["exact", "factored", "plain"]
 Norm = Literal["mean", "trace", "frobenius", "spectral", "median"]
@@ -105,4 +105,7 @@ def size(xp: Namespace, x: Array, norm: Norm) -> Array:
     if norm == "spectral":
         return values[..., -1]
     n = values.shape[-1]
-    return 0.5 * (values[..., (n - 1) // 2] + values[..., n // 2])
+    median = 0.5 * (values[..., (n - 1) // 2] + values[..., n // 2])
+    # that of a factor without full rank is zero, which comes out as rounding noise
+    noise = FLOOR * xp.finfo(x.dtype).eps * values[..., -1]
+    return xp.where(median > noise, median, xp.zeros_like(median))

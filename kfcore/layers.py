@@ -123,7 +123,7 @@ class Linear:
 
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded, ``inputs [N, ..., in]`` and ``output_grads [N, ..., out]``, to ``[N, S, features]``."""
-        xp = namespace(inputs)
+        xp = namespace(inputs, output_grads)
         flat = _positions(xp, "inputs", inputs, self.in_features)
         if output_grads is None:
             return flat, None

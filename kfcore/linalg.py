@@ -35,14 +35,19 @@ def mean_diagonal(xp: Namespace, x: Array) -> Array:
     return xp.linalg.trace(x) / x.shape[-1]
 
 
+def carried(xp: Namespace, damping: Array, size: Array) -> Array:
+    """``damping`` raised to what the dtype can carry beside eigenvalues of ``size``, all ``[...]``."""
+    eps, tiny = xp.finfo(size.dtype).eps, xp.finfo(size.dtype).smallest_normal
+    return xp.maximum(damping + xp.zeros_like(size), FLOOR * eps * size + tiny)
+
+
 def damped(xp: Namespace, x: Array, damping: Array) -> Array:
     """``x + damping I`` for ``x [..., n, n]`` and ``damping [...]``, the damping raised to what the dtype can carry.
 
     The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
     floating point only one above its rounding errors does.
     """
-    floor = FLOOR * xp.finfo(x.dtype).eps * xp.linalg.trace(x)
-    damping = xp.maximum(damping + xp.zeros_like(floor), floor)
+    damping = carried(xp, damping, xp.linalg.trace(x))
     return x + damping[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
 
 

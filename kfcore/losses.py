@@ -57,6 +57,8 @@ class CrossEntropy:
     ignore_index: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.axis, int) or self.axis == 0:
+            raise ValueError(f"`axis` must be an int other than 0, the axis of the examples, got {self.axis!r}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"`label_smoothing` must lie in [0, 1), got {self.label_smoothing!r}")
 

@@ -58,7 +58,7 @@ class Model:
                 continue
             if len(given) < len(roles):
                 missing = [parameter for parameter in roles.values() if parameter not in values]
-                raise ValueError(f"layer {name!r} has gradients for some of its parameters but not for {', '.join(missing)}")
+                raise ValueError(f"`grads` hold some of the parameters of layer {name!r} but not {', '.join(missing)}")
             matrices |= {name + suffix: matrix for suffix, matrix in layer.matrices(given).items()}
         return matrices | {name: values[name] for name in self.others if name in values}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from kfcore import stepsize
+from kfcore import schedule, stepsize
 from kfcore._array import Array, Schedule, cast, cond, is_real_floating, known, namespace, to_numpy
 from kfcore.curvature.base import Method, Needs
 from kfcore.model import Model, flatten, unflatten
@@ -106,7 +107,7 @@ class ModelOptimizer:
         state: OptimizerState,
         statistics: Statistics,
         *,
-        terms: float | Array,
+        terms: float | Array | None,
         loss_scale: float | Array = 1.0,
         overrides: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Array], OptimizerState]:
@@ -120,7 +121,8 @@ class ModelOptimizer:
             Merged results of :meth:`reduce` from raw output gradients, by block; a function of the state that computes them,
             called only when they are due; or ``None`` when they are not.
         terms
-            Number of terms in the loss: examples, or tokens, or numbers compared.
+            Number of terms in the loss: examples, or tokens, or numbers compared. May be ``None`` for a mean loss at a step at which no
+            statistics are due.
         loss_scale
             Factor by which the captured output gradients (not ``grads``) were scaled, as by mixed-precision training.
         overrides
@@ -141,14 +143,18 @@ class ModelOptimizer:
         state: OptimizerState,
         statistics: Statistics,
         *,
-        terms: float | Array,
+        terms: float | Array | None,
         loss_scale: float | Array = 1.0,
         damping: Any = None,
     ) -> tuple[dict[str, Array], dict[str, Array], PreconditionerState]:
         """The first half of :meth:`update`: gradients of the mean loss, their directions, and the new curvature state."""
         if not grads:
             raise ValueError("`grads` is empty: no parameter has a gradient, so run the backward pass before the step")
-        grads = {n: g / terms for n, g in grads.items()} if self.loss_reduction == "sum" else dict(grads)
+        if terms is None and self.loss_reduction == "sum":
+            raise ValueError("`terms` must be given for a summed loss, at every step")
+        _check_terms(terms)
+        if self.loss_reduction == "sum":
+            grads = {name: grad / _positive(terms) for name, grad in grads.items()}
         matrices = self.model.matrices(grads)
         curvature = self._observe(state, statistics, matrices, terms, loss_scale)
         curvature = self.preconditioner.refresh(curvature, damping)
@@ -194,18 +200,26 @@ class ModelOptimizer:
         return report(self.model, self.preconditioner.blocks, self.step_size, reasons or {}, itemsize)
 
     def _observe(
-        self, state: OptimizerState, statistics: Statistics, matrices: Mapping[str, Array], terms: float | Array, loss_scale: float | Array
+        self,
+        state: OptimizerState,
+        statistics: Statistics,
+        matrices: Mapping[str, Array],
+        terms: float | Array | None,
+        loss_scale: float | Array,
     ) -> PreconditionerState:
         """Take statistics where they are due: those captured, with the loss reduction undone, and those of the gradients."""
         curvature = state.curvature
-        if statistics is None and known(curvature.observed) == 0 and self.model.layers:
-            raise ValueError("`statistics` of the first step are missing: capture the layers' inputs and output gradients before it")
+        due = self.stats_due(state)
+        if statistics is None and self.model.layers and known(schedule.due(self.method.stats_every, curvature.count)):
+            raise ValueError("`statistics` are missing at a step at which they are due: capture the layers' inputs and output gradients")
         if statistics is not None and not callable(statistics):
             captured = statistics
             statistics = lambda _: captured  # noqa: E731
-        over = self._over(terms) * loss_scale * loss_scale
 
         def take(curvature: PreconditionerState) -> PreconditionerState:
+            if terms is None:
+                raise ValueError("`terms` must be given at a step at which statistics are due")
+            over = self._over(terms) * loss_scale * loss_scale
             new = {name: part.over(over) for name, part in statistics(state).items()} if statistics else {}
             for name, block in self.preconditioner.blocks.items():
                 if Needs.GRADIENT in block.method.requires(block.layer) and name in matrices:
@@ -213,7 +227,7 @@ class ModelOptimizer:
                     new[name] = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
             return self.preconditioner.observe(curvature, new) if new else curvature
 
-        return cond(self.preconditioner.stats_due(curvature.count), take, lambda old: old, curvature)
+        return cond(due, take, lambda old: old, curvature)
 
     def _over(self, terms: float | Array) -> float | Array:
         """What sums of raw output gradients are divided by to give the output factor of a mean loss.
@@ -221,7 +235,7 @@ class ModelOptimizer:
         Training gradients of a mean loss are ``g / M``; those of a sum, and pulled-back Fisher vectors, are ``g``.
         """
         if self.method.fisher == "empirical":
-            return 1.0 / terms if self.loss_reduction == "mean" else terms
+            return _reciprocal(terms) if self.loss_reduction == "mean" else terms
         return terms * self.method.mc_samples if self.method.fisher == "mc" else terms
 
 
@@ -284,6 +298,9 @@ class Optimizer:
         self.loss_reduction: Reduction = loss_reduction
         self._options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
         self._bound: dict[Any, ModelOptimizer] = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, type) or not hasattr(layer, "parameters"):
+                raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
         self._bind({f"{name}.{role}": shape for name, layer in self.layers.items() for role, shape in layer.parameters.items()})
 
     def bind(self, params: Mapping[str, Any]) -> ModelOptimizer:
@@ -386,10 +403,6 @@ class Optimizer:
         overrides: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], OptimizerState]:
         """:meth:`step` from statistics that :meth:`reduce` made earlier."""
-        if terms is None:
-            if self.loss_reduction == "sum":
-                raise ValueError("`terms` must be given for a summed loss at a step without records")
-            terms = 1.0
         flat, flat_grads = flatten(params), flatten(grads)
         _same_shapes(flat, flat_grads)
         bound = self.bind(params)
@@ -466,13 +479,35 @@ class Recorder:
         if due and terms is None:
             terms = self.optimizer.terms_of(self._examples)
         statistics = self._statistics if due else None
-        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides)
+        # the records belong to this step, whether it succeeds or is refused
         self._clear()
+        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides)
         return params
 
     def _clear(self) -> None:
         self._statistics: dict[str, Any] = {}
         self._examples: dict[str, int] = {}
+
+
+def _check_terms(terms: Any) -> None:
+    if isinstance(terms, (int, float)) and not (math.isfinite(terms) and terms >= 0):
+        raise ValueError(f"`terms` must be the number of terms in the loss, got {terms!r}")
+
+
+def _positive(terms: float | Array) -> float | Array:
+    """``terms``, or 1 for a batch without any."""
+    if isinstance(terms, (int, float)):
+        return terms if terms > 0 else 1.0
+    xp = namespace(terms)
+    return xp.where(terms > 0, terms, xp.ones_like(terms))
+
+
+def _reciprocal(terms: float | Array) -> float | Array:
+    """``1 / terms``, or 0, which no statistics survive, for a batch without any."""
+    if isinstance(terms, (int, float)):
+        return 1.0 / terms if terms > 0 else 0.0
+    xp = namespace(terms)
+    return xp.where(terms > 0, 1.0 / _positive(terms), xp.zeros_like(terms))
 
 
 def merge(total: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -489,11 +524,12 @@ def added(param: Array, update: Array) -> Array:
 
 def _several(record: Any) -> Sequence[Record]:
     """A record, or a list of them, as a list."""
-    if isinstance(record, list):
-        return record
-    if not (isinstance(record, tuple) and len(record) == 2):
-        raise TypeError(f"`records` must hold (inputs, output_grads) pairs or lists of them, got {type(record).__name__}")
-    return [record]
+    parts = record if isinstance(record, list) else [record]
+    for part in parts:
+        if not (isinstance(part, tuple) and len(part) == 2):
+            came = f"a tuple of {len(part)}" if isinstance(part, tuple) else type(part).__name__
+            raise TypeError(f"`records` must hold (inputs, output_grads) pairs or lists of them, got {came}")
+    return parts
 
 
 def _same_shapes(params: Mapping[str, Array], grads: Mapping[str, Array]) -> None:

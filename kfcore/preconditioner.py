@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, cond, counter, known, namespace, scalar
+from kfcore._array import Array, cond, counter, device, known, namespace, scalar, to_numpy
 from kfcore.curvature.base import Method
 from kfcore.curvature.diagonal import Diagonal, Tensor
+from kfcore.damping import check_positive
 from kfcore.layers import Layer
 
 Values = Mapping[str, Any] | float | None
@@ -32,7 +33,9 @@ class PreconditionerState(NamedTuple):
     count: Array
     """Steps taken, 0-d int32, readable on the host."""
     observed: Array
-    """Times that statistics were taken, 0-d int32, readable on the host."""
+    """Times that statistics were taken since the first that were finite, 0-d int32, readable on the host."""
+    refreshed: Array
+    """Refreshes since then, likewise."""
     blocks: dict[str, Any]
     """State of each block by name."""
 
@@ -59,49 +62,64 @@ class Preconditioner:
         self.blocks = dict(blocks)
         self.group = group
         self.spread = spread
-        self._groups = _equal(self.blocks) if group else [[name] for name in self.blocks]
 
     def init(self, like: Mapping[str, Array]) -> PreconditionerState:
         """State that has seen nothing; ``like`` gives an array of each block's library, device and dtype."""
         states = {n: b.method.init(b.layer, like[n], b.leading) for n, b in self.blocks.items()}
         xp = namespace(next(iter(like.values())))
-        return PreconditionerState(counter(xp), counter(xp), states)
+        return PreconditionerState(counter(xp), counter(xp), counter(xp), states)
 
     def stats_due(self, count: int | Array) -> Any:
         """Whether statistics are due at step ``count``, for any block."""
         return _any([schedule.due(m.stats_every, count) for m in self._methods()])
 
     def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
-        """Take statistics, by block; blocks without any keep their averages."""
+        """Take the statistics, by block, of the blocks for which they are due; the others keep their averages."""
         blocks = dict(state.blocks)
         for name, new in statistics.items():
             method = self._block(name).method
-            blocks[name] = method.observe(blocks[name], new, schedule.at(method.stats_decay, state.count))
-        return state._replace(blocks=blocks, observed=state.observed + 1)
+
+            def take(old: Any, method: Method = method, new: Any = new) -> Any:
+                return method.observe(old, new, schedule.at(method.stats_decay, state.count))
+
+            blocks[name] = cond(schedule.due(method.stats_every, state.count), take, _same, blocks[name])
+        if known(state.observed) or not statistics:
+            return state._replace(blocks=blocks, observed=state.observed + (1 if statistics else 0))
+        # whether the very first were any good is in the arrays: until some are, look (afterwards nobody waits for a device)
+        xp = namespace(state.observed)
+        seen = _any([blocks[name].average.weight > 0 for name in statistics])
+        seen = int(to_numpy(seen).any()) if known(state.observed) == 0 else xp.astype(xp.any(seen), xp.int32)
+        return state._replace(blocks=blocks, observed=state.observed + seen)
 
     def refresh(self, state: PreconditionerState, damping: Values = None) -> PreconditionerState:
         """Refresh the blocks that are due, with the damping of their methods at this step or with the ones given."""
-        if known(state.observed) == 0:
+        if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
+        self._check_damping(damping)
         blocks = dict(state.blocks)
-        for index, names in enumerate(self._groups):
+        first = (state.observed > 0) & (state.refreshed == 0)
+        any_due = False
+        for index, names in enumerate(self._groups(state)):
             block = self.blocks[names[0]]
             values = [self._damping(name, damping, state.count) for name in names]
             stacked = _stack([blocks[name] for name in names])
             offset = index if self.spread else 0
-            due = schedule.due(block.method.refresh_every, state.count, offset)
+            due = schedule.due(block.method.refresh_every, state.count, offset) | first
+            any_due = any_due | due
 
             def run(old: Any, block: Block = block, values: list[Any] = values) -> Any:
                 return block.method.refresh(block.layer, old, values[0] if len(values) == 1 else _numbers(values, old))
 
-            fresh = cond(due, run, lambda old: old, stacked)
+            fresh = cond(due, run, _same, stacked)
             blocks.update(zip(names, _unstack(fresh, len(names)), strict=True))
-        return state._replace(blocks=blocks)
+        counted = any_due & (state.observed > 0)
+        xp = namespace(state.refreshed)
+        return state._replace(blocks=blocks, refreshed=state.refreshed + xp.astype(xp.asarray(counted), xp.int32))
 
     def precondition(self, state: PreconditionerState, grads: Mapping[str, Array]) -> dict[str, Array]:
         """Directions of ``grads``, by block. Blocks without a gradient have no direction."""
         directions: dict[str, Array] = {}
-        for names in self._groups:
+        for names in self._groups(state):
             names = [name for name in names if name in grads]
             if not names:
                 continue
@@ -114,6 +132,25 @@ class Preconditioner:
     def dense(self, state: PreconditionerState) -> dict[str, Array]:
         """The matrix each block stands for, undamped."""
         return {n: b.method.dense(b.layer, state.blocks[n]) for n, b in self.blocks.items()}
+
+    def _groups(self, state: PreconditionerState) -> list[list[str]]:
+        """Names of blocks that share a call: equal matrices of one dtype under one method."""
+        if not self.group:
+            return [[name] for name in self.blocks]
+        groups: dict[Any, list[str]] = {}
+        for name, block in self.blocks.items():
+            alone = name if isinstance(block.layer, Tensor) or block.leading else None
+            weight = state.blocks[name].average.weight
+            groups.setdefault((alone, block.layer.shape, block.method, str(weight.dtype), str(device(weight))), []).append(name)
+        return list(groups.values())
+
+    def _check_damping(self, damping: Values) -> None:
+        unknown = [name for name in damping if name not in self.blocks] if isinstance(damping, Mapping) else []
+        if unknown:
+            raise ValueError(f"`damping` names the unknown block {unknown[0]!r}; known: {', '.join(self.blocks)}")
+        for value in damping.values() if isinstance(damping, Mapping) else [damping]:
+            if isinstance(value, (int, float)):
+                check_positive("damping", value)
 
     def _methods(self) -> list[Method]:
         return list({id(b.method): b.method for b in self.blocks.values()}.values())
@@ -137,9 +174,13 @@ def blocks_of(
     """
     blocks = {}
     for name, layer in layers.items():
+        if isinstance(layer, type) or not hasattr(layer, "blocks"):
+            raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
         for suffix, part in layer.blocks().items():
             blocks[name + suffix] = Block(name + suffix, part, method)
-    fallback = fallback or default_fallback(method)
+    fallback = default_fallback(method) if fallback is None else fallback
+    if not isinstance(fallback, Method):
+        raise TypeError(f"`fallback` must be a curvature method such as kfcore.Diagonal(), got {fallback!r}")
     for name, shape in (others or {}).items():
         if name in blocks:
             raise ValueError(f"`others` repeats the name {name!r} of a layer's block")
@@ -154,13 +195,8 @@ def default_fallback(method: Method) -> Diagonal:
     )
 
 
-def _equal(blocks: Mapping[str, Block]) -> list[list[str]]:
-    """Names of blocks that can share a call: equal matrices under one method."""
-    groups: dict[Any, list[str]] = {}
-    for name, block in blocks.items():
-        alone = name if isinstance(block.layer, Tensor) or block.leading else None
-        groups.setdefault((alone, block.layer.shape, block.method), []).append(name)
-    return list(groups.values())
+def _same(old: Any) -> Any:
+    return old
 
 
 def _any(flags: list[Any]) -> Any:

@@ -92,8 +92,9 @@ def observe(
     leaves the average as it was. A finite diagonal bounds all other entries, so n numbers are looked at instead of n^2.
     """
     parts = [(v, t, scalar(xp, c, v)) for v, t, c in zip(average.values, totals, counts, strict=True) if v is not None]
-    spread = sum(xp.linalg.trace(t) / c for _, t, c in parts)
-    ok = xp.isfinite(spread) & _positive(xp, [c for _, _, c in parts], spread)
+    least = _least(xp, [c for _, _, c in parts])
+    parts = [(v, t, xp.where(c > 0, c, xp.ones_like(c))) for v, t, c in parts]
+    ok = xp.isfinite(sum(xp.linalg.trace(t) / c for _, t, c in parts)) & (least > 0)
     grown = average.weight * decay + 1.0
     step = 1.0 / grown
     new = iter([blend(xp, v, t, 1.0 - step, step / c, ok) for v, t, c in parts])
@@ -101,11 +102,11 @@ def observe(
     return RunningAverage(xp.where(ok, grown, average.weight), values), ok
 
 
-def _positive(xp: Namespace, counts: list[Array], like: Array) -> Array:
+def _least(xp: Namespace, counts: list[Array]) -> Array:
     least = counts[0]
     for count in counts[1:]:
         least = xp.minimum(least, count)
-    return (least > 0) & xp.ones_like(like, dtype=xp.bool)
+    return least
 
 
 def _plus(x: Array | None, y: Array | None) -> Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -110,11 +111,19 @@ def apply(
     A direction that holds NaN or an infinity makes all updates zero and leaves the buffers as they are.
     """
     values = {name: schedule.at(getattr(step, name), count) for name in ("learning_rate", "momentum", "weight_decay", "clip")}
+    unknown = [name for name in overrides or {} if name not in ("learning_rate", "weight_decay", "clip")]
+    if unknown:
+        raise ValueError(f"`overrides` must be among learning_rate, weight_decay, clip, damping, got {unknown[0]!r}")
     values |= overrides or {}
+    for name in ("learning_rate", "weight_decay"):
+        missing = [p for p in directions if p not in values[name]] if isinstance(values[name], Mapping) else []
+        if missing:
+            raise ValueError(f"`{name}` must be given for every parameter with a gradient; it lacks {', '.join(missing)}")
     first = next(iter(directions.values()))
     xp = namespace(first)
-    ok = _finite(xp, directions)
     scale = None if values["clip"] is None else clip_scale(values["clip"], values["learning_rate"], grads, directions)
+    ok = _finite(xp, directions, [*_numbers(values), *([] if scale is None else [scale])])
+    guard = _Guard(xp, ok)
     updates: dict[str, Array] = {}
     momentum = dict(state.momentum)
     for name, d in directions.items():
@@ -123,18 +132,33 @@ def apply(
         if scale is not None:
             d = d * cast(xp, scale, d.dtype)
         if step.decay == "coupled" and _nonzero(wd):
-            d = d + _number(xp, wd, d) * p
-        d = xp.where(ok, d, xp.zeros_like(d))
+            d = d + guard(wd, 0.0, d) * p
+        d = xp.where(ok, d, guard.zero(d))
         if name in momentum:
-            old, mu = momentum[name], _number(xp, mu, d)
-            new = xp.where(ok, mu, xp.ones_like(ok, dtype=d.dtype)) * old + d
+            new = guard(mu, 1.0, d) * momentum[name] + d
             momentum[name] = new
-            d = xp.where(ok, d + mu * new, d) if step.nesterov else new
+            d = d + guard(mu, 0.0, d) * new if step.nesterov else new
         if step.decay == "decoupled" and _nonzero(wd):
-            d = d + _number(xp, wd, d) * p
-        rate = xp.where(ok, -_number(xp, lr, d), xp.zeros_like(ok, dtype=d.dtype))
-        updates[name] = rate * d
+            d = d + guard(wd, 0.0, d) * p
+        updates[name] = -guard(lr, 0.0, d) * d
     return updates, StepState(momentum, xp.where(ok, state.skipped, state.skipped + 1))
+
+
+class _Guard:
+    """Hyper-parameters of a step that is taken only where ``ok``: their values, or neutral ones. Each is made once a step."""
+
+    def __init__(self, xp: Namespace, ok: Array) -> None:
+        self._xp, self._ok, self._made = xp, ok, {}
+
+    def __call__(self, value: Any, neutral: float, like: Array) -> Array:
+        key = (value if isinstance(value, (int, float)) else id(value), neutral, like.dtype)
+        if key not in self._made:
+            made = self._xp.where(self._ok, scalar(self._xp, value, like), scalar(self._xp, neutral, like))
+            self._made[key] = made
+        return self._made[key]
+
+    def zero(self, like: Array) -> Array:
+        return self(0.0, 0.0, like)
 
 
 def clip_scale(clip: float | Array, learning_rate: Values, grads: Mapping[str, Array], directions: Mapping[str, Array]) -> Array:
@@ -170,12 +194,29 @@ def _norm(xp: Namespace, x: Array) -> Array:
     return unit * xp.sqrt(xp.sum((x / unit) ** 2))
 
 
-def _finite(xp: Namespace, directions: Mapping[str, Array]) -> Array:
-    ok = None
+def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) -> Array:
+    """Whether all directions and hyper-parameters are finite, 0-d."""
+    total = None
     for d in directions.values():
-        finite = xp.isfinite(xp.sum(d))
-        ok = finite if ok is None else ok & finite
+        part = xp.sum(d)  # NaN or infinite if an entry is, and so is the sum of sums
+        total = part if total is None else total + cast(xp, part, total.dtype)
+    assert total is not None
+    ok = xp.isfinite(total)
+    for number in numbers:
+        if not isinstance(number, (int, float)):
+            ok = ok & xp.isfinite(scalar(xp, number, total))
+        elif not math.isfinite(number):
+            ok = ok & xp.zeros_like(ok)
     return ok
+
+
+def _numbers(values: Mapping[str, Values]) -> list[Any]:
+    """The hyper-parameters of a step, each once, without those that are ``None`` or a clip (which may be infinite)."""
+    numbers = []
+    for name, value in values.items():
+        if name != "clip":
+            numbers += list(value.values()) if isinstance(value, Mapping) else [value]
+    return list({id(number): number for number in numbers}.values())
 
 
 def _value(values: Values, name: str) -> Any:

@@ -159,9 +159,9 @@ def _given(name: str, field: str, configured: Any, value: Any) -> Any:
     return configured
 
 
-def check_captured(name: str, x: Array) -> Namespace:
-    """Raise unless ``x`` is a real floating ``[..., N, S, features]``; its namespace otherwise."""
-    xp = namespace(x)
+def check_captured(name: str, x: Array, like: Array) -> Namespace:
+    """Raise unless ``x`` is a real floating ``[..., N, S, features]`` of the library of ``like``; its namespace otherwise."""
+    xp = namespace(x, like)
     if x.ndim < 3:
         raise ValueError(f"`{name}` must have shape [..., N, S, features], got {tuple(x.shape)}")
     if not is_real_floating(xp, x):

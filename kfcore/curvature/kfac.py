@@ -13,7 +13,7 @@ from kfcore import damping as damp
 from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.layers import Layer
-from kfcore.linalg import damped, eigh, gram, identity, invert, kron, sandwich
+from kfcore.linalg import carried, damped, eigh, gram, identity, invert, kron, sandwich
 from kfcore.statistics import KroneckerStatistics, RunningAverage, observe, unseen
 
 
@@ -97,11 +97,11 @@ class KFAC(Method):
         a = g = None
         rows = examples = 0.0
         if inputs is not None:
-            xp = check_captured("inputs", inputs)
+            xp = check_captured("inputs", inputs, state.average.weight)
             a = layer.input_rows(xp, inputs, dtype)
             rows, a = float(a.shape[-2]), gram(xp, a)
         if output_grads is not None and self.fisher != "forward":
-            xp = check_captured("output_grads", output_grads)
+            xp = check_captured("output_grads", output_grads, state.average.weight)
             examples, g = float(output_grads.shape[-3]), gram(xp, layer.output_rows(xp, output_grads, dtype))
         return KroneckerStatistics(a, rows, g, examples)
 
@@ -176,9 +176,9 @@ class KFAC(Method):
 
     @staticmethod
     def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: Array) -> tuple[Eigenbases, Array]:
-        tiny = xp.finfo(a.dtype).smallest_normal
         values_a, basis_a, ok = eigh(xp, a)
         if g is None:
-            return Eigenbases(basis_a, values_a, None, None, value + tiny), ok
+            return Eigenbases(basis_a, values_a, None, None, carried(xp, value, values_a[..., -1])), ok
         values_g, basis_g, ok_g = eigh(xp, g)
-        return Eigenbases(basis_a, values_a, basis_g, values_g, value + tiny), ok & ok_g
+        value = carried(xp, value, values_a[..., -1] * values_g[..., -1])
+        return Eigenbases(basis_a, values_a, basis_g, values_g, value), ok & ok_g

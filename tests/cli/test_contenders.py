@@ -165,3 +165,12 @@ def test_settings_come_from_the_problem_then_the_method_then_the_default():
     assert settings_of("p", problem, "m", Method()) == {"lr": 2.0}
     problem.settings = {"m": {"lr": 3.0}}
     assert settings_of("p", problem, "m", Method()) == {"lr": 3.0}
+
+
+@needs_torch
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_state_is_as_large_on_every_backend(method):
+    problem = Small()
+    ours, theirs = (_run(problem, registry.load("backends", name), _rule(method), steps=2).state_bytes for name in ("numpy", "torch"))
+    # torch's Adam keeps its step count as a tensor for every parameter
+    assert 0 < ours <= theirs <= ours + 64

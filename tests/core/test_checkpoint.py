@@ -196,7 +196,7 @@ def test_a_file_of_another_model_or_method_is_refused(model, saved, rng, other, 
     refused(model, path, optimizer, params, optimizer.init(params), pattern)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("broken", ["serialize", "fsync", "replace"])
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(model, saved, monkeypatch, broken):
     path, optimizer, params, state = saved
     old = path.read_bytes()
@@ -204,7 +204,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(model, sav
     def fail(*args, **kwargs):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(*(("kfcore.checkpoint.save_file", fail) if broken == "save_file" else (f"os.{broken}", fail)))
+    monkeypatch.setattr("kfcore.checkpoint.serialize" if broken == "serialize" else f"os.{broken}", fail)
     with pytest.raises(OSError, match="disk is full"):
         kf.save(path, optimizer.bind(params), state._replace(curvature=state.curvature._replace(count=np.int32(99))))
     assert path.read_bytes() == old
