@@ -14,7 +14,7 @@ from kfcore_cli.race.command import race as run_race
 from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.options import Options
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _listed(kind: registry.Kind) -> str:

@@ -60,6 +60,17 @@ def test_a_race_by_the_clock(tmp_path):
     assert record["contenders"][0]["curve"]["seconds"][-1] >= 0.05
 
 
+def test_a_diverging_contender_is_shown_as_such(tmp_path, monkeypatch):
+    problem = registry.load("problems", "digits")
+    monkeypatch.setattr(problem, "settings", problem.settings | {"sgd": {"lr": 1e150}}, raising=False)
+    result = _race("--steps", "10", "--methods", "sgd,adam", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "diverged" in result.output
+    record = json.loads((tmp_path / "race.json").read_text())
+    assert record["contenders"][0]["train_loss"] is None
+    assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_two_backends_are_compared(tmp_path):
     result = _race("--steps", "30", "--backends", "numpy,torch", "--out", str(tmp_path))
@@ -70,6 +81,7 @@ def test_two_backends_are_compared(tmp_path):
     for method in ("sgd", "adam", "kfac"):
         assert deviations[method, "numpy"] is None
         assert deviations[method, "torch"] <= 1e-10
+    assert {c["deviation_after"] for c in record["contenders"]} == {None, 30}
 
 
 @pytest.mark.parametrize(

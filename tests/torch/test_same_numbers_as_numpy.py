@@ -1,0 +1,112 @@
+"""From the same weights and data PyTorch and a hand-written backward pass in NumPy follow the same trajectory."""
+
+import numpy as np
+import pytest
+import torch
+
+import kfcore as kf
+from kfcore_torch import Optimizer
+
+SIZES = (4, 6, 5, 3)
+KINDS = [kf.Damping(0.05, kind, relative=relative) for kind in ("exact", "factored", "plain") for relative in (False, True)]
+STEPS = {
+    "plain gradient": {"momentum": 0.0},
+    "momentum": {},
+    "nesterov": {"nesterov": True},
+    "clip": {"clip": 1e-4},
+    "decoupled decay": {"weight_decay": 0.05},
+    "coupled decay": {"weight_decay": 0.05, "decay": "coupled"},
+    "everything": {"nesterov": True, "clip": 1e-3, "weight_decay": 0.02, "decay": "coupled", "graft": True},
+}
+
+
+def numpy_run(lib, method, options, steps, bias="joint", fisher="empirical"):
+    net = lib.mlp(SIZES)
+    linears = [m for m in net if isinstance(m, torch.nn.Linear)]
+    params = {f"l{i}": {"weight": m.weight.detach().numpy().copy(), "bias": m.bias.detach().numpy().copy()} for i, m in enumerate(linears)}
+    layers = {f"l{i}": kf.Linear(m.in_features, m.out_features, bias) for i, m in enumerate(linears)}
+    options = dict(options)
+    optimizer = kf.Optimizer(method, layers, learning_rate=0.05, **options)
+    state = optimizer.init(params)
+    for step in range(steps):
+        x, y = (t.numpy() for t in lib.data(seed=step))
+        hs = [x]
+        for i in range(3):
+            z = hs[-1] @ params[f"l{i}"]["weight"].T + params[f"l{i}"]["bias"]
+            hs.append(np.tanh(z) if i < 2 else z)
+        e = np.exp(hs[-1] - hs[-1].max(axis=1, keepdims=True))
+        dz = (e / e.sum(axis=1, keepdims=True) - np.eye(3)[y]) / len(x)
+        grads, records = {}, {}
+        for i in reversed(range(3)):
+            grads[f"l{i}"] = {"weight": dz.T @ hs[i], "bias": dz.sum(axis=0)}
+            records[f"l{i}"] = (hs[i], None if fisher == "forward" else dz)
+            dz = (dz @ params[f"l{i}"]["weight"]) * (1 - hs[i] ** 2)
+        params, state = optimizer.step(params, grads, records, state)
+    return np.concatenate([np.concatenate([p["weight"].ravel(), p["bias"]]) for p in params.values()])
+
+
+def torch_run(lib, method, options, steps, **more):
+    net = lib.mlp(SIZES)
+    optimizer = Optimizer(net, method, lr=0.05, **options, **more)
+    return lib.train(net, optimizer, lib.batches(steps, first=0))
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS.keys())
+def test_a_hundred_steps_agree_under_every_step_rule(lib, options):
+    method = kf.KFAC(damping=0.05, stats_every=2, refresh_every=5)
+    theirs = torch_run(lib, method, options, 100)
+    assert lib.gap(numpy_run(lib, method, options, 100), theirs) <= 1e-10
+    assert lib.gap(lib.weights(lib.mlp(SIZES)), theirs) > 1e-2, "nothing moved"
+
+
+@pytest.mark.parametrize("damping", KINDS, ids=lambda d: f"{d.kind}-{'relative' if d.relative else 'absolute'}")
+def test_a_hundred_steps_agree_under_every_damping(lib, damping):
+    method = kf.KFAC(damping=damping, refresh_every=3)
+    assert lib.gap(numpy_run(lib, method, {}, 100), torch_run(lib, method, {}, 100)) <= 1e-10
+
+
+def test_a_hundred_steps_agree_with_the_forward_fisher(lib):
+    method = kf.KFAC(damping=0.05, refresh_every=3, fisher="forward")
+    assert lib.gap(numpy_run(lib, method, {}, 100, fisher="forward"), torch_run(lib, method, {}, 100)) <= 1e-10
+
+
+def test_a_hundred_steps_agree_with_separate_biases(lib):
+    method = kf.KFAC(damping=0.05, refresh_every=3)
+    theirs = torch_run(lib, method, {}, 100, bias="separate")
+    assert lib.gap(numpy_run(lib, method, {}, 100, bias="separate"), theirs) <= 1e-10
+    assert lib.gap(torch_run(lib, method, {}, 100), theirs) > 1e-3, "a joint bias must differ"
+
+
+def test_schedules_of_the_method_agree(lib):
+    method = kf.KFAC(damping=lambda t: 0.5 / (1 + t), stats_decay=lambda t: 0.9, refresh_every=4)
+    options = {"momentum": lambda t: 0.5 + 0.004 * t, "clip": lambda t: 1e-2 / (1 + t)}
+    assert lib.gap(numpy_run(lib, method, options, 100), torch_run(lib, method, options, 100)) <= 1e-10
+
+
+def test_stacking_equal_layers_changes_nothing(lib):
+    method = kf.KFAC(damping=kf.Damping(0.05, "exact"), refresh_every=3)
+
+    def run(group):
+        net = lib.mlp((4, 4, 4, 4))
+        optimizer = Optimizer(net, method, lr=0.05, group=group)
+        return lib.train(net, optimizer, lib.batches(20, classes=4))
+
+    assert lib.gap(run(False), run(True)) <= 1e-10
+
+
+def test_a_summed_loss_makes_the_steps_of_the_mean_loss(lib):
+    def run(reduction, **options):
+        net = lib.mlp(SIZES)
+        optimizer = lib.optimizer(net, loss_reduction=reduction, clip=1e-3, **options)
+        loss = torch.nn.CrossEntropyLoss(reduction=reduction)
+        return lib.train(net, optimizer, lib.batches(10), loss)
+
+    assert lib.gap(run("mean"), run("sum")) <= 1e-11
+
+
+def test_a_batch_given_twice_makes_the_same_step(lib):
+    def run(times):
+        net = lib.mlp(SIZES)
+        return lib.train(net, lib.optimizer(net), [(x.repeat(times, 1), y.repeat(times)) for x, y in lib.batches(5)])
+
+    assert lib.gap(run(1), run(3)) <= 1e-11
