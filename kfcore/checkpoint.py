@@ -1,8 +1,8 @@
 """State <-> named arrays and a header: one safetensors file that every framework reads, written at once or not at all.
 
-Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]`` whatever the model's layout), and
-in the metadata one JSON text under ``"kfcore"`` with the format, the counters, and kind, shape and configuration of every block.
-Reading executes nothing.
+Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]`` whatever the model's
+layout), and in the metadata one JSON text under ``"kfcore"`` with the format, the counters, and kind, shape and configuration of
+every block. Reading executes nothing.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def from_arrays(
     blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
     momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum})
     counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in COUNTERS]
-    return OptimizerState(PreconditionerState(*counters, blocks), StepState(momentum, loaded["skipped"]))
+    curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
+    return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
 
 
 def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:

@@ -59,11 +59,12 @@ def gram(xp: Namespace, x: Array) -> Array:
 
 @primitive
 def blend(xp: Namespace, old: Array, new: Array, keep: Array, weight: Array, ok: Array) -> Array:
-    """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]``, the rest ``[...]``.
+    """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]`` and the rest ``[...]``, or the rest 0-d.
 
     ``new`` may hold NaN or infinities where ``ok`` is false; none of them reaches the result.
     """
-    keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
+    if ok.ndim:
+        keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)
 
 

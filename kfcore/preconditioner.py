@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, cond, counter, device, known, namespace, scalar, to_numpy
+from kfcore._array import Array, cond, counter, device, host, known, namespace, scalar, to_numpy
 from kfcore.curvature.base import Method
 from kfcore.curvature.diagonal import Diagonal, Tensor
 from kfcore.damping import check_positive
@@ -71,18 +71,18 @@ class Preconditioner:
 
     def stats_due(self, count: int | Array) -> Any:
         """Whether statistics are due at step ``count``, for any block."""
-        return _any([schedule.due(m.stats_every, count) for m in self._methods()])
+        return _any([schedule.due(m.stats_every, host(count)) for m in self._methods()])
 
     def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
         """Take the statistics, by block, of the blocks for which they are due; the others keep their averages."""
-        blocks = dict(state.blocks)
+        blocks, count = dict(state.blocks), host(state.count)
         for name, new in statistics.items():
             method = self._block(name).method
 
             def take(old: Any, method: Method = method, new: Any = new) -> Any:
-                return method.observe(old, new, schedule.at(method.stats_decay, state.count))
+                return method.observe(old, new, schedule.at(method.stats_decay, count))
 
-            blocks[name] = cond(schedule.due(method.stats_every, state.count), take, _same, blocks[name])
+            blocks[name] = cond(schedule.due(method.stats_every, count), take, _same, blocks[name])
         if known(state.observed) or not statistics:
             return state._replace(blocks=blocks, observed=state.observed + (1 if statistics else 0))
         # whether the very first were any good is in the arrays: until some are, look (afterwards nobody waits for a device)
@@ -96,15 +96,15 @@ class Preconditioner:
         if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
         self._check_damping(damping)
-        blocks = dict(state.blocks)
-        first = (state.observed > 0) & (state.refreshed == 0)
+        blocks, count, observed, refreshed = dict(state.blocks), host(state.count), host(state.observed), host(state.refreshed)
+        first = (observed > 0) & (refreshed == 0)
         any_due = False
         for index, names in enumerate(self._groups(state)):
             block = self.blocks[names[0]]
-            values = [self._damping(name, damping, state.count) for name in names]
+            values = [self._damping(name, damping, count) for name in names]
             stacked = _stack([blocks[name] for name in names])
             offset = index if self.spread else 0
-            due = schedule.due(block.method.refresh_every, state.count, offset) | first
+            due = schedule.due(block.method.refresh_every, count, offset) | first
             any_due = any_due | due
 
             def run(old: Any, block: Block = block, values: list[Any] = values) -> Any:
@@ -112,9 +112,10 @@ class Preconditioner:
 
             fresh = cond(due, run, _same, stacked)
             blocks.update(zip(names, _unstack(fresh, len(names)), strict=True))
-        counted = any_due & (state.observed > 0)
-        xp = namespace(state.refreshed)
-        return state._replace(blocks=blocks, refreshed=state.refreshed + xp.astype(xp.asarray(counted), xp.int32))
+        counted = any_due & (observed > 0)
+        if isinstance(counted, bool):
+            return state._replace(blocks=blocks, refreshed=state.refreshed + 1 if counted else state.refreshed)
+        return state._replace(blocks=blocks, refreshed=state.refreshed + namespace(counted).astype(counted, state.refreshed.dtype))
 
     def precondition(self, state: PreconditionerState, grads: Mapping[str, Array]) -> dict[str, Array]:
         """Directions of ``grads``, by block. Blocks without a gradient have no direction."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfcore._array import Array, Schedule
+from kfcore._array import Array, Schedule, host
 
 
 def at(value: Any, step: int | Array) -> Any:
-    """``value``, or ``value(step)`` where it is a function of the step number."""
-    return value(step) if callable(value) else value
+    """``value``, or ``value(step)`` where it is a function of the step number, which is an int outside a trace."""
+    return value(host(step)) if callable(value) else value
 
 
 def due(every: int | Schedule, step: int | Array, offset: int = 0) -> Any:

@@ -91,22 +91,28 @@ def observe(
     Totals are positive semi-definite matrices. All of them are observed or none: a count of zero, a NaN or an infinity in one
     leaves the average as it was. A finite diagonal bounds all other entries, so n numbers are looked at instead of n^2.
     """
-    parts = [(v, t, scalar(xp, c, v)) for v, t, c in zip(average.values, totals, counts, strict=True) if v is not None]
-    least = _least(xp, [c for _, _, c in parts])
-    parts = [(v, t, xp.where(c > 0, c, xp.ones_like(c))) for v, t, c in parts]
-    ok = xp.isfinite(sum(xp.linalg.trace(t) / c for _, t, c in parts)) & (least > 0)
+    parts, positive = [], True
+    for value, total, count in zip(average.values, totals, counts, strict=True):
+        if value is not None:
+            shares, some = _reciprocal(xp, count, value)
+            parts.append((value, total, shares))
+            positive = positive & some
+    spread = sum(xp.linalg.trace(total) * shares for _, total, shares in parts)
+    ok = xp.isfinite(spread) if positive is True else xp.isfinite(spread) & positive
     grown = average.weight * decay + 1.0
     step = 1.0 / grown
-    new = iter([blend(xp, v, t, 1.0 - step, step / c, ok) for v, t, c in parts])
+    keep = 1.0 - step
+    new = iter([blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
     values = tuple(None if v is None else next(new) for v in average.values)
     return RunningAverage(xp.where(ok, grown, average.weight), values), ok
 
 
-def _least(xp: Namespace, counts: list[Array]) -> Array:
-    least = counts[0]
-    for count in counts[1:]:
-        least = xp.minimum(least, count)
-    return least
+def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]:
+    """``1 / count`` and whether the count is positive; on the host where the count is there."""
+    if isinstance(count, (int, float)):
+        return (1.0 / count, True) if count > 0 else (1.0, xp.zeros((), dtype=xp.bool, device=device(like)))
+    count = scalar(xp, count, like)
+    return 1.0 / xp.where(count > 0, count, xp.ones_like(count)), count > 0
 
 
 def _plus(x: Array | None, y: Array | None) -> Array | None:

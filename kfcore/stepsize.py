@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, namespace, scalar
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, host, namespace, scalar
 from kfcore.damping import check_positive
+from kfcore.linalg import blend
 
 Values = Mapping[str, Any] | Any
 """One value for all parameters, or one a parameter by name."""
@@ -110,6 +111,7 @@ def apply(
 
     A direction that holds NaN or an infinity makes all updates zero and leaves the buffers as they are.
     """
+    count = host(count)
     values = {name: schedule.at(getattr(step, name), count) for name in ("learning_rate", "momentum", "weight_decay", "clip")}
     unknown = [name for name in overrides or {} if name not in ("learning_rate", "weight_decay", "clip")]
     if unknown:
@@ -128,19 +130,19 @@ def apply(
     momentum = dict(state.momentum)
     for name, d in directions.items():
         lr, mu, wd = (_value(values[key], name) for key in ("learning_rate", "momentum", "weight_decay"))
-        p = cast(xp, params[name], d.dtype)
         if scale is not None:
             d = d * cast(xp, scale, d.dtype)
         if step.decay == "coupled" and _nonzero(wd):
-            d = d + guard(wd, 0.0, d) * p
-        d = xp.where(ok, d, guard.zero(d))
+            d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
         if name in momentum:
-            new = guard(mu, 1.0, d) * momentum[name] + d
-            momentum[name] = new
-            d = d + guard(mu, 0.0, d) * new if step.nesterov else new
+            momentum[name] = blend(xp, momentum[name], d, guard(mu, 1.0, d), guard(1.0, 0.0, d), ok)
+        if name not in momentum or step.nesterov:
+            d = xp.where(ok, d, guard(0.0, 0.0, d))
+        if name in momentum:
+            d = d + guard(mu, 0.0, d) * momentum[name] if step.nesterov else momentum[name]
         if step.decay == "decoupled" and _nonzero(wd):
-            d = d + guard(wd, 0.0, d) * p
-        updates[name] = -guard(lr, 0.0, d) * d
+            d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
+        updates[name] = guard(lr, 0.0, d, sign=-1.0) * d
     return updates, StepState(momentum, xp.where(ok, state.skipped, state.skipped + 1))
 
 
@@ -150,15 +152,12 @@ class _Guard:
     def __init__(self, xp: Namespace, ok: Array) -> None:
         self._xp, self._ok, self._made = xp, ok, {}
 
-    def __call__(self, value: Any, neutral: float, like: Array) -> Array:
-        key = (value if isinstance(value, (int, float)) else id(value), neutral, like.dtype)
+    def __call__(self, value: Any, neutral: float, like: Array, sign: float = 1.0) -> Array:
+        key = (value if isinstance(value, (int, float)) else id(value), neutral, like.dtype, sign)
         if key not in self._made:
             made = self._xp.where(self._ok, scalar(self._xp, value, like), scalar(self._xp, neutral, like))
-            self._made[key] = made
+            self._made[key] = made if sign == 1.0 else sign * made
         return self._made[key]
-
-    def zero(self, like: Array) -> Array:
-        return self(0.0, 0.0, like)
 
 
 def clip_scale(clip: float | Array, learning_rate: Values, grads: Mapping[str, Array], directions: Mapping[str, Array]) -> Array:

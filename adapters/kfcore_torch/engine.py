@@ -18,7 +18,7 @@ from kfcore.checkpoint import CheckpointError, from_arrays, header_of, load, nam
 from kfcore.optimizer import merge
 from kfcore_torch.capture import Capture
 from kfcore_torch.fisher import pull_back
-from kfcore_torch.layout import Sharing, layout
+from kfcore_torch.layout import Layout, Sharing, layout
 
 
 class Engine:
@@ -68,8 +68,7 @@ class Engine:
     def plan(self, trained: Sequence[Tensor]) -> None:
         """Lay the model out anew, keeping the state of the blocks and buffers that stay."""
         old = (self.core, self.state) if self.capture is not None else None
-        found = layout(self.module, trained, excluded=self._excluded, **self._how)
-        core = ModelOptimizer(self.method, found.model, self.step_size, **self._options)
+        found, core = self._laid_out(trained, self._excluded)
         if self.strict and found.model.others:
             lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
             raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
@@ -90,6 +89,10 @@ class Engine:
         )
         self._output_layer: str | None = None
         self.clear()
+
+    def _laid_out(self, trained: Sequence[Tensor], excluded: Mapping[str, str]) -> tuple[Layout, ModelOptimizer]:
+        found = layout(self.module, trained, excluded=excluded, **self._how)
+        return found, ModelOptimizer(self.method, found.model, self.step_size, **self._options)
 
     def clear(self) -> None:
         """Forget what was captured since the last step."""
@@ -187,10 +190,11 @@ class Engine:
     def _check_captured(self, grads: Mapping[str, Tensor]) -> None:
         """Move layers whose weight has a gradient although nobody saw them called to the fallback, or say so."""
         silent = {}
+        unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
             blocks = [name + suffix for suffix in self.layout.model.layers[name].blocks()]
             if self.layout.model.roles(name)["weight"] in grads and not any(b in self._statistics for b in blocks):
-                silent[name] = "its weight is used, but the module was not called, so no hook saw it"
+                silent[name] = f"its weight is used, but {unseen}"
         if not silent:
             return
         if len(silent) == len(self.layout.model.layers) and self.method.fisher in ("mc", "exact"):
@@ -221,7 +225,9 @@ class Engine:
         return blocks
 
     def _scale(self) -> float:
-        return float(self.grad_scaler.get_scale()) if self.grad_scaler is not None and self._statistics else 1.0
+        """Factor in the captured output gradients: only those of the training loss have one."""
+        scaled = self.grad_scaler is not None and self.method.fisher == "empirical" and self._statistics
+        return float(self.grad_scaler.get_scale()) if scaled else 1.0
 
     def _sum_over_ranks(self, x: Any) -> Any:
         assert self.all_reduce is not None
@@ -234,14 +240,24 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name and a JSON text: loadable with ``weights_only=True``."""
-        return {"arrays": named(self.core, self.state), "header": json.dumps(header_of(self.core, self.state))}
+        header = header_of(self.core, self.state) | {"excluded": self._excluded}
+        return {"arrays": named(self.core, self.state), "header": json.dumps(header)}
 
-    def restored(self, saved: Mapping[str, Any]) -> OptimizerState:
-        """The state in what :meth:`state_dict` gave, checked against this model; nothing is changed."""
-        if set(saved) != {"arrays", "header"}:
+    def restored(self, saved: Any) -> tuple[OptimizerState, dict[str, str]]:
+        """The state in what :meth:`state_dict` gave and the layers excluded there, checked against this model; nothing is changed."""
+        if not isinstance(saved, Mapping) or set(saved) != {"arrays", "header"}:
             raise CheckpointError("`state_dict` has no kfcore state: it is of another optimizer")
-        arrays = {name: kfcore.to_numpy(x) for name, x in saved["arrays"].items()}
-        return from_arrays(self.core, self.state, arrays, json.loads(saved["header"]))
+        try:
+            header = json.loads(saved["header"])
+            arrays = {name: kfcore.to_numpy(x) for name, x in saved["arrays"].items()}
+            excluded = dict(header["excluded"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"`state_dict` has a damaged kfcore state: {error}") from error
+        core, like = self.core, self.state
+        if set(excluded) != set(self._excluded):
+            found, core = self._laid_out(list(self.layout.parameters.values()), excluded)
+            like = core.init({n: p.detach() for n, p in found.parameters.items()})
+        return from_arrays(core, like, arrays, header), excluded
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file that every framework reads."""
@@ -249,10 +265,13 @@ class Engine:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read such a file."""
-        self.restore(load(path, self.core, self.state))
+        self.restore(load(path, self.core, self.state), self._excluded)
 
-    def restore(self, state: OptimizerState) -> None:
-        """Go on from ``state``."""
+    def restore(self, state: OptimizerState, excluded: dict[str, str]) -> None:
+        """Go on from ``state``, of a model without the layers ``excluded``."""
+        if set(excluded) != set(self._excluded):
+            self._excluded = excluded
+            self.plan(list(self.layout.parameters.values()))
         self.state = state
         self.clear()
 

@@ -9,20 +9,47 @@ from torch import Tensor
 
 from kfcore import register_kernel
 
-
-def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """By Cholesky, a third of the work of a general inverse, and without the exception or the synchronisation of the checked one."""
-    factor, info = torch.linalg.cholesky_ex(0.5 * (x + x.mT))
-    return torch.cholesky_inverse(factor), info == 0
+ODD = 256
+"""From this width on, one column beyond a multiple of 16 (a joint bias) is cheaper apart: 1025 columns cost a third more than 1024."""
 
 
 def blend(xp: Any, old: Tensor, new: Tensor, keep: Tensor, weight: Tensor, ok: Tensor) -> Tensor:
-    """With one array less than the reference: the sum is accumulated in place of its first term."""
-    keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
+    """On the CPU a branch, which saves the pass of a selection: three times faster. Elsewhere it would wait for the device."""
+    if _readable(ok):
+        return torch.addcmul(old * keep, new, weight) if ok else old
+    if ok.ndim:
+        keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
+
+
+def sandwich(xp: Any, left: Tensor, x: Tensor, right: Tensor) -> Tensor:
+    """Two products; a last odd column as a vector beside a matrix of even width."""
+    n = right.shape[-1]
+    if x.ndim != 2 or right.ndim != 2 or right.shape[0] != n or n % 16 != 1 or n < ODD:
+        return left @ x @ right
+    body, column = left @ x[:, :-1], left @ x[:, -1:]
+    even = torch.addmm(column * right[-1:, :-1], body, right[:-1, :-1])
+    odd = torch.addmm(column * right[-1, -1], body, right[:-1, -1:])
+    return torch.cat([even, odd], dim=1)
+
+
+def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """By Cholesky, a third of the work of a general inverse, and without the exception or the synchronisation of the checked one."""
+    factor, info = torch.linalg.cholesky_ex(x)
+    return torch.cholesky_inverse(factor), info == 0
 
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    register_kernel("invert", "torch", invert)
-    register_kernel("blend", "torch", blend)
+    for kernel in (blend, sandwich, invert):
+        register_kernel(kernel.__name__, "torch", kernel)
+
+
+def _readable(flag: Tensor) -> bool:
+    """Whether the host can branch on a 0-d tensor at once: on the CPU, and neither compiled nor batched."""
+    return (
+        flag.ndim == 0
+        and flag.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

@@ -47,7 +47,10 @@ def layout(
     excluded
         Layers not to cover, with the reason.
     """
-    ids = {id(p) for p in trained}
+    ids, own = {id(p) for p in trained}, {id(p) for p in module.parameters()}
+    for p in trained:
+        if id(p) not in own:
+            raise ValueError(f"`params` must be parameters of `model`, got another tensor, of shape {tuple(p.shape)}")
     parameters = {name: p for name, p in module.named_parameters() if id(p) in ids and p.requires_grad}
     names = {id(p): name for name, p in parameters.items()}
     reasons: dict[str, str] = {}
@@ -56,26 +59,32 @@ def layout(
     roles: dict[str, dict[str, str]] = {}
     sites: dict[str, list[nn.Module]] = {}
     for name, child in module.named_modules():
-        if not isinstance(child, nn.Linear) or id(child.weight) not in names:
+        if not isinstance(child, nn.Linear):
+            continue
+        if id(child.weight) not in names:
+            if id(child.bias) in names:
+                reasons[names[id(child.bias)]] = "bias of a Linear whose weight is not a trained parameter"
             continue
         weight = names[id(child.weight)]
         sharers = users[id(child.weight)]
         reason = (excluded or {}).get(name) or _obstacle(module, name, child, [m for _, m in sharers])
         if reason:
             reasons[weight] = reason
+            if id(child.bias) in names:
+                reasons[names[id(child.bias)]] = f"bias of a Linear without a layer: {reason}"
             continue
         first = sharers[0][0]
         if first in layers:
             sites[first].append(child)
             continue
         biases = [m.bias for _, m in sharers]
-        own = biases[0] is not None and all(b is biases[0] for b in biases) and len(users[id(biases[0])]) == len(sharers)
-        joint = own and id(biases[0]) in names
+        alone = biases[0] is not None and all(b is biases[0] for b in biases) and len(users[id(biases[0])]) == len(sharers)
+        joint = alone and id(biases[0]) in names
         if not joint:
             for b in biases:
                 if b is not None and id(b) in names:
                     reasons[names[id(b)]] = "bias of a layer that shares its weight with another bias, or itself shared"
-        if own and not joint:
+        if alone and not joint:
             reasons[weight] = "Linear; its bias is not trained"
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
         layers[name] = Linear(child.in_features, child.out_features, bias if joint else None, how)
@@ -104,7 +113,7 @@ def _obstacle(module: nn.Module, name: str, child: nn.Linear, sharers: list[nn.M
     """Why calls of ``child`` do not show all uses of its weight, if so."""
     if type(child) is not nn.Linear:
         parent = module.get_submodule(name.rpartition(".")[0])
-        return f"{type(child).__name__} in {type(parent).__name__} is not called as a module, so no hook sees it"
+        return f"{type(child).__name__} in {type(parent).__name__} is not nn.Linear itself and may not be called as a module"
     others = [m for m in sharers if type(m) is not nn.Linear]
     if others:
         return f"weight shared with {type(others[0]).__name__}, which is not a supported layer"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfcore import Loss, Method, Report, StepSize
+from kfcore import CheckpointError, Loss, Method, Report, StepSize
 from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
@@ -126,6 +126,7 @@ class Optimizer(torch.optim.Optimizer):
         """Run ``closure`` if given, take its gradients, and update the parameters.
 
         ``terms`` is the number of terms in the loss of this step, where the default count (see the class) is not right.
+        Parameters of the groups that were frozen and are no more take part from the step after this one.
         """
         loss = None
         if closure is not None:
@@ -134,14 +135,18 @@ class Optimizer(torch.optim.Optimizer):
         engine = self.engine
         per_parameter: dict[str, dict[str, Any]] = {"learning_rate": {}, "weight_decay": {}, "damping": {}}
         names = {id(p): name for name, p in engine.layout.parameters.items()}
+        unfrozen = False
         for group in self.param_groups:
             for p in group["params"]:
+                unfrozen = unfrozen or (id(p) not in names and p.requires_grad)
                 if id(p) in names:
                     name = names[id(p)]
                     per_parameter["learning_rate"][name] = group["lr"]
                     per_parameter["weight_decay"][name] = group["weight_decay"]
                     per_parameter["damping"][name] = group["damping"]
         self._write(engine.updates(per_parameter, terms))
+        if unfrozen:
+            engine.plan(self._trained())
         return loss
 
     def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
@@ -162,9 +167,12 @@ class Optimizer(torch.optim.Optimizer):
         self.engine.backward_fisher(outputs, targets, generator)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in every optimizer; what was captured for gradients that are thrown away is thrown away too."""
+        """As in every optimizer; what the backward pass captured of gradients that are thrown away is thrown away too.
+
+        What the forward pass captured stays, since the call may stand between the forward and the backward pass.
+        """
         super().zero_grad(set_to_none)
-        if self._engine is not None:
+        if self._engine is not None and self._engine.method.fisher == "empirical":
             self._engine.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -204,9 +212,12 @@ class Optimizer(torch.optim.Optimizer):
         kfcore.CheckpointError
             If it is of another model or method; the optimizer is then as it was.
         """
-        state = self.engine.restored(state_dict.get("kfcore", {}))
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfcore"})
-        self.engine.restore(state)
+        restored = self.engine.restored(state_dict.get("kfcore"))
+        try:
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfcore"})
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the parameter groups of `state_dict` do not fit: {error}") from error
+        self.engine.restore(*restored)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write curvature and momentum to a file that every framework reads: see :func:`kfcore.save`."""

@@ -100,7 +100,7 @@ class Preconditioner:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on exactly from ``state_dict``; one of another model or method is refused and changes nothing."""
-        self.engine.restore(self.engine.restored(state_dict))
+        self.engine.restore(*self.engine.restored(state_dict))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the curvature to a file that every framework reads."""

@@ -62,7 +62,7 @@ def test_a_race_by_the_clock(tmp_path):
 
 def test_a_diverging_contender_is_shown_as_such(tmp_path, monkeypatch):
     problem = registry.load("problems", "digits")
-    monkeypatch.setattr(problem, "settings", problem.settings | {"sgd": {"lr": 1e150}}, raising=False)
+    monkeypatch.setattr(problem, "settings", problem.settings | {"sgd": {"lr": float("inf")}}, raising=False)
     result = _race("--steps", "10", "--methods", "sgd,adam", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "diverged" in result.output

@@ -1,5 +1,6 @@
 """Builders shared by the tests of the PyTorch adapter."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import kfcore as kf  # noqa: E402
 from kfcore_torch import Optimizer  # noqa: E402
+
+import kfcore as kf  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
 
@@ -17,7 +19,7 @@ def mlp(sizes=(4, 6, 5, 3), activation=nn.Tanh, seed=0, dtype=torch.float64, bia
     """A multilayer perceptron; without an activation a deep linear net."""
     torch.manual_seed(seed)
     layers = []
-    for i, (inp, out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (inp, out) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(inp, out, bias=bias, dtype=dtype))
         if activation is not None and i < len(sizes) - 2:
             layers.append(activation())
@@ -62,8 +64,8 @@ def train(model, optimizer, batches, criterion=functional.cross_entropy):
     return weights(model)
 
 
-def batches(n, first=1, **shape):
-    return [data(seed=first + i, **shape) for i in range(n)]
+def batches(count, first=1, **shape):
+    return [data(seed=first + i, **shape) for i in range(count)]
 
 
 def optimizer(model, *, method=None, **options):

@@ -1,0 +1,142 @@
+"""The primitives: the portable reference and, where the library has one, the registered kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from kfcore import _array, primitives
+from kfcore._array import namespace
+from kfcore.testing.backend import Backend, assert_close
+
+DTYPES = ("float64", "float32")
+TOLERANCE = {"float64": 1e-10, "float32": 2e-4}
+LEADING = ((), (3,), (2, 2))
+
+
+def implementations(name: str, library: str) -> dict[str, Callable[..., Any]]:
+    """The reference of a primitive, and the kernel that a library registered for it if any."""
+    found = {"reference": primitives()[name]}
+    kernel = _array._kernels.get((name, library))
+    return found | ({} if kernel is None else {"kernel": kernel})
+
+
+def definite(rng: np.random.Generator, leading: tuple[int, ...], n: int) -> np.ndarray:
+    """Well-conditioned symmetric positive definite matrices with distinct eigenvalues."""
+    basis, _ = np.linalg.qr(rng.normal(size=(*leading, n, n)))
+    values = np.sort(rng.uniform(0.5, 1.0, size=(*leading, n)) + np.arange(n), axis=-1)
+    exact = (basis * values[..., None, :]) @ np.swapaxes(basis, -1, -2)
+    return 0.5 * (exact + np.swapaxes(exact, -1, -2))
+
+
+class PrimitiveTests:
+    """Each primitive, batched and not, in both dtypes."""
+
+    backend: Backend
+
+    def _cases(self, name: str) -> Iterator[tuple[str, Callable[..., Any], tuple[int, ...], str]]:
+        for which, function in implementations(name, self.backend.library).items():
+            for leading in LEADING:
+                for dtype in DTYPES:
+
+                    def run(*args: Any, function: Callable[..., Any] = function) -> Any:
+                        return function(namespace(*args), *args)
+
+                    yield f"{name} ({which}, leading {leading}, {dtype})", self.backend.wrap(run), leading, dtype
+
+    def _compare(self, what: str, actual: Any, desired: Any, dtype: str) -> None:
+        desired = np.asarray(desired)
+        assert_close(actual, desired if desired.dtype == bool else desired.astype(dtype), self.backend, TOLERANCE[dtype], what)
+
+    def test_every_primitive_is_covered(self) -> None:
+        """A primitive that was added to the library must be added here."""
+        uncovered = [name for name in primitives() if not hasattr(self, f"test_{name}")]
+        assert not uncovered, f"no conformance test for the primitives {', '.join(uncovered)}"
+
+    def test_gram(self) -> None:
+        """Sum of outer products of the rows."""
+        rng = np.random.default_rng(1)
+        for what, run, leading, dtype in self._cases("gram"):
+            x = rng.normal(size=(*leading, 7, 3))
+            self._compare(what, run(self.backend.put(x, dtype)), np.einsum("...ni,...nj->...ij", x, x), dtype)
+
+    def test_sandwich(self) -> None:
+        """Two-sided product."""
+        rng = np.random.default_rng(2)
+        for what, run, leading, dtype in self._cases("sandwich"):
+            args = [rng.normal(size=(*leading, *shape)) for shape in ((2, 3), (3, 4), (4, 5))]
+            desired = np.einsum("...ij,...jk,...kl->...il", *args)
+            self._compare(what, run(*self.backend.put(args, dtype)), desired, dtype)
+
+    def test_blend(self) -> None:
+        """A weighted sum where it is wanted; NaN and infinities of the rest stay out, and the old value is kept bit for bit."""
+        rng = np.random.default_rng(3)
+        for what, run, leading, dtype in self._cases("blend"):
+            old, new = rng.normal(size=(2, *leading, 3, 4))
+            keep, weight = rng.uniform(0.1, 1.0, size=(2, *leading))
+            count = math.prod(leading)
+            for bad in (None, np.nan, np.inf):
+                ok = np.asarray(bad is None) if not leading else (np.arange(count) % 2 == 0).reshape(leading) | (bad is None)
+                arrived = new if bad is None else np.where(ok[..., None, None], new, bad)
+                args = self.backend.put((old, arrived, keep, weight, ok), dtype)
+                result = run(*args)
+                with np.errstate(invalid="ignore"):
+                    mixed = keep[..., None, None] * old + weight[..., None, None] * arrived
+                self._compare(f"{what} with {bad}", result, np.where(ok[..., None, None], mixed, old), dtype)
+                kept = self.backend.to_numpy(result)[~ok]
+                assert np.array_equal(kept, old.astype(dtype)[~ok]), f"{what} with {bad}: changed the old value where not ok"
+
+    def test_invert(self) -> None:
+        """Inverse and success of definite matrices."""
+        rng = np.random.default_rng(4)
+        for what, run, leading, dtype in self._cases("invert"):
+            x = definite(rng, leading, 4)
+            inverse, ok = run(self.backend.put(x, dtype))
+            self._compare(what, inverse, np.linalg.inv(x), dtype)
+            self._compare(f"{what}: ok", ok, np.ones(leading, dtype=bool), dtype)
+
+    def test_invert_of_an_indefinite_matrix(self) -> None:
+        """Either it is reported, or what comes out is finite; its neighbours in a stack are not spoiled."""
+        rng = np.random.default_rng(5)
+        for what, run, leading, dtype in self._cases("invert"):
+            x = definite(rng, leading, 4)
+            x[(0,) * len(leading)] = np.diag([2.0, 1.0, -3.0, -4.0])
+            inverse, ok = self.backend.get(run(self.backend.put(x, dtype)))
+            assert np.all(~ok | np.isfinite(inverse).all(axis=(-2, -1))), f"{self.backend.name}: {what}: not finite, yet ok"
+            if leading:
+                assert ok.reshape(-1)[1:].all(), f"{self.backend.name}: {what}: the neighbours of a bad matrix are not ok"
+                difference = np.abs(inverse - np.linalg.inv(x)).reshape(-1, 16)[1:].max()
+                assert difference < 10 * TOLERANCE[dtype], f"{self.backend.name}: {what}: the neighbours of a bad matrix are off by {difference}"
+
+    def test_eigh(self) -> None:
+        """Ascending values, an orthonormal basis in columns, the matrix rebuilt; values below zero clipped."""
+        rng = np.random.default_rng(6)
+        for what, run, leading, dtype in self._cases("eigh"):
+            x = definite(rng, leading, 4)
+            values, vectors, ok = run(self.backend.put(x, dtype))
+            self._compare(f"{what}: values", values, np.linalg.eigvalsh(x), dtype)
+            self._compare(f"{what}: ok", ok, np.ones(leading, dtype=bool), dtype)
+            assert_close(vectors, np.zeros(x.shape, dtype), self.backend, np.inf, f"{what}: vectors")
+            v, q = self.backend.get((values, vectors))
+            rebuilt = np.einsum("...ik,...k,...jk->...ij", q, v, q)
+            error = np.abs(rebuilt - x).max()
+            assert error < 10 * TOLERANCE[dtype], f"{self.backend.name}: {what}: vectors do not rebuild the matrix, off by {error:.3g}"
+            gram = np.einsum("...ki,...kj->...ij", q, q)
+            assert np.abs(gram - np.eye(4)).max() < TOLERANCE[dtype], f"{self.backend.name}: {what}: vectors are not orthonormal"
+            shifted = x - 2.0 * np.eye(4)
+            values, _, _ = run(self.backend.put(shifted, dtype))
+            self._compare(f"{what}: clipped values", values, np.maximum(np.linalg.eigvalsh(shifted), 0.0), dtype)
+
+    def test_an_asymmetric_matrix_stands_for_its_symmetric_part(self) -> None:
+        """Whichever triangle the library reads."""
+        rng = np.random.default_rng(7)
+        skew = rng.normal(size=(4, 4))
+        x = definite(rng, (), 4)
+        crooked = self.backend.put(x + 0.1 * (skew - skew.T))
+        for name, desired in (("invert", np.linalg.inv(x)), ("eigh", np.linalg.eigvalsh(x))):
+            for which, function in implementations(name, self.backend.library).items():
+                result = self.backend.call(lambda y, function=function: function(namespace(y), y), crooked)
+                self._compare(f"{name} ({which}) of an asymmetric matrix", result[0], desired, "float64")

@@ -1,0 +1,192 @@
+"""What the kit compares with: the formulas again, in plain NumPy and float64, from dense matrices wherever that is possible.
+
+Nothing here calls the library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Arr = np.ndarray
+
+
+def factors(inputs: Arr, output_grads: Arr, sharing: str = "expand", joint: bool = True) -> tuple[Arr, Arr]:
+    """``A`` and ``G`` of captured ``[..., N, S, features]``, example by example."""
+    if inputs.ndim > 3:
+        pairs = [factors(a, g, sharing, joint) for a, g in zip(inputs, output_grads, strict=True)]
+        return np.stack([a for a, _ in pairs]), np.stack([g for _, g in pairs])
+    if sharing == "reduce":
+        inputs, output_grads = inputs.mean(axis=1, keepdims=True), output_grads.sum(axis=1, keepdims=True)
+    if joint:
+        inputs = np.concatenate([inputs, np.ones((*inputs.shape[:2], 1))], axis=-1)
+    a = np.einsum("nsi,nsj->ij", inputs, inputs) / (inputs.shape[0] * inputs.shape[1])
+    return a, np.einsum("nsi,nsj->ij", output_grads, output_grads) / len(output_grads)
+
+
+def average(values: list[Arr], decay: float) -> Arr:
+    """Exponentially weighted mean, written out: the latest weighs 1, the one before ``decay``, and so on."""
+    weights = [decay**i for i in reversed(range(len(values)))]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def norm(x: Arr, kind: str) -> float:
+    """A norm of a semi-definite matrix by its eigenvalues."""
+    values = np.linalg.eigvalsh(x)
+    return {
+        "mean": values.mean(),
+        "trace": values.sum(),
+        "frobenius": np.sqrt((values**2).sum()),
+        "spectral": values.max(),
+        "median": np.median(values),
+    }[kind]
+
+
+def damped_block(a: Arr, g: Arr, damping: float, kind: str = "factored", unit: str = "mean", relative: bool = False) -> Arr:
+    """Damped dense matrix of a block."""
+    if relative:
+        damping = damping * np.trace(a) / len(a) * np.trace(g) / len(g)
+    eye_a, eye_g = np.eye(len(a)), np.eye(len(g))
+    if kind == "exact" or (kind == "factored" and 1 in (len(a), len(g))):
+        return np.kron(g, a) + damping * np.eye(len(a) * len(g))
+    if kind == "plain":
+        return np.kron(g + damping * eye_g, a + damping * eye_a)
+    pi = np.sqrt(norm(a, unit) / norm(g, unit))
+    return np.kron(g + np.sqrt(damping) / pi * eye_g, a + pi * np.sqrt(damping) * eye_a)
+
+
+def direction(a: Arr, g: Arr, grad: Arr, damping: float, kind: str = "factored", unit: str = "mean", relative: bool = False) -> Arr:
+    """Damped block inverse applied to ``grad``."""
+    if grad.ndim > 2:
+        return np.stack([direction(x, y, z, damping, kind, unit, relative) for x, y, z in zip(a, g, grad, strict=True)])
+    return np.linalg.solve(damped_block(a, g, damping, kind, unit, relative), grad.reshape(-1)).reshape(grad.shape)
+
+
+def network(params: dict[str, Any], x: Arr, y: Arr, layout: str = "oi") -> tuple[dict[str, Any], dict[str, tuple[Arr, Arr]]]:
+    """Gradients and records of ``mean_n 0.5 |f_n - y_n|^2`` of two dense layers with a scaled tanh between them."""
+    w1, w2 = (params[name]["weight"] if layout == "oi" else params[name]["weight"].T for name in ("fc1", "fc2"))
+    t = np.tanh(x @ w1.T + params["fc1"]["bias"])
+    h = t * params["scale"]
+    dz2 = (h @ w2.T + params["fc2"]["bias"] - y) / len(x)
+    dh = dz2 @ w2
+    dz1 = dh * params["scale"] * (1.0 - t**2)
+
+    def turn(w: Arr) -> Arr:
+        return w if layout == "oi" else w.T
+
+    grads = {
+        "fc1": {"weight": turn(dz1.T @ x), "bias": dz1.sum(axis=0)},
+        "fc2": {"weight": turn(dz2.T @ h), "bias": dz2.sum(axis=0)},
+        "scale": (dh * t).sum(axis=0),
+    }
+    return grads, {"fc1": (x, dz1), "fc2": (h, dz2)}
+
+
+class Trajectory:
+    """KFAC on :func:`network`, step by step, as the guide describes it; options have the names and defaults of the library."""
+
+    def __init__(self, params: dict[str, Any], **options: Any) -> None:
+        self.params = params
+        defaults = {
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "nesterov": False,
+            "weight_decay": 0.0,
+            "decay": "decoupled",
+            "clip": None,
+            "graft": False,
+            "damping": 1e-3,
+            "kind": "factored",
+            "relative": False,
+            "stats_every": 1,
+            "refresh_every": 10,
+            "stats_decay": 0.95,
+            "spread": False,
+            "layout": "oi",
+            "bias": "joint",
+        }
+        assert set(options) <= set(defaults), set(options) - set(defaults)
+        self.options = defaults | options
+        self.count = 0
+        self.seen: dict[str, list[Any]] = {}
+        self.used: dict[str, Any] = {}
+        self.buffers: dict[tuple[str, str], Arr] = {}
+
+    def step(self, x: Arr, y: Arr) -> None:
+        """One step on a batch."""
+        o = {k: v(self.count) if callable(v) else v for k, v in self.options.items()}
+        grads, records = network(self.params, x, y, o["layout"])
+        blocks = self._blocks(grads, o)
+        if self.count % o["stats_every"] == 0:
+            self._look(records, grads, o)
+        directions = {}
+        for k, (name, grad) in enumerate(blocks.items()):
+            every = o["stats_every"] if name == "scale" else o["refresh_every"]
+            offset = k % every if o["spread"] else 0
+            if self.count == 0 or self.count % every == offset:
+                self.used[name] = [average(list(v), o["stats_decay"]) for v in zip(*self.seen[name], strict=True)], o["damping"]
+            values, damping = self.used[name]
+            if name == "scale":
+                damping = damping * (values[0].mean() if o["relative"] else 1.0)
+                directions[name] = grad / (average([v[0] for v in self.seen[name]], o["stats_decay"]) + damping)
+            else:
+                directions[name] = direction(*values, grad, damping, o["kind"], "mean", o["relative"])
+            if o["graft"]:
+                directions[name] *= np.linalg.norm(grad) / np.linalg.norm(directions[name])
+        self._move(blocks, directions, o)
+        self.count += 1
+
+    def _blocks(self, tree: dict[str, Any], o: dict[str, Any]) -> dict[str, Arr]:
+        blocks = {}
+        for name in ("fc1", "fc2"):
+            w = tree[name]["weight"] if o["layout"] == "oi" else tree[name]["weight"].T
+            b = tree[name]["bias"][:, None]
+            blocks |= {name: np.hstack([w, b])} if o["bias"] == "joint" else {f"{name}.weight": w, f"{name}.bias": b}
+        return blocks | {"scale": tree["scale"]}
+
+    def _look(self, records: dict[str, tuple[Arr, Arr]], grads: dict[str, Any], o: dict[str, Any]) -> None:
+        for name, (a, g) in records.items():
+            own = len(a) * g  # of the example's own loss, not of the mean
+            if o["bias"] == "joint":
+                self.seen.setdefault(name, []).append(factors(a[:, None], own[:, None]))
+            else:
+                new = factors(a[:, None], own[:, None], joint=False)
+                self.seen.setdefault(f"{name}.weight", []).append(new)
+                self.seen.setdefault(f"{name}.bias", []).append((np.ones((1, 1)), new[1]))
+        n = len(records["fc1"][0])
+        self.seen.setdefault("scale", []).append((n * grads["scale"] ** 2,))
+
+    def _move(self, grads: dict[str, Arr], directions: dict[str, Arr], o: dict[str, Any]) -> None:
+        values = self._blocks(self.params, o)
+        lr, mu, wd = o["learning_rate"], o["momentum"], o["weight_decay"]
+        shrink = 1.0
+        if o["clip"] is not None:
+            shrink = min(1.0, np.sqrt(o["clip"] / (lr**2 * sum((grads[n] * d).sum() for n, d in directions.items()))))
+        for name, d in directions.items():
+            d = shrink * d + (wd * values[name] if o["decay"] == "coupled" else 0.0)
+            self.buffers[name] = b = mu * self.buffers.get(name, 0.0) + d
+            d = d + mu * b if o["nesterov"] else b
+            values[name] = values[name] - lr * (d + (wd * values[name] if o["decay"] == "decoupled" else 0.0))
+        new: dict[str, Any] = {"scale": values["scale"]}
+        for name in ("fc1", "fc2"):
+            m = values[name] if o["bias"] == "joint" else np.hstack([values[f"{name}.weight"], values[f"{name}.bias"]])
+            new[name] = {"weight": m[:, :-1] if o["layout"] == "oi" else m[:, :-1].T, "bias": m[:, -1]}
+        self.params = {name: new[name] for name in self.params}
+
+
+def softmax(x: Arr) -> Arr:
+    """Along the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def random_params(rng: np.random.Generator, sizes: tuple[int, int, int], layout: str = "oi") -> dict[str, Any]:
+    """Parameters of :func:`network`."""
+    i, h, o = sizes
+    w1, w2 = rng.normal(size=(h, i)) / 2, rng.normal(size=(o, h)) / 2
+    return {
+        "fc1": {"weight": w1 if layout == "oi" else w1.T.copy(), "bias": 0.1 * rng.normal(size=h)},
+        "fc2": {"weight": w2 if layout == "oi" else w2.T.copy(), "bias": 0.1 * rng.normal(size=o)},
+        "scale": 1.0 + 0.1 * rng.normal(size=h),
+    }

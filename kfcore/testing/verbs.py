@@ -1,0 +1,177 @@
+"""The verbs of the methods, one block at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kfcore import KFAC, Damping, Diagonal, Linear, Method
+from kfcore.curvature.diagonal import Tensor
+from kfcore.layers import Bias, Layer
+from kfcore.testing import reference
+from kfcore.testing.backend import Backend, assert_close
+
+TOLERANCE = {"float64": 1e-9, "float32": 5e-4}
+DECAY = 0.8
+
+
+def captures(rng: np.random.Generator, layer: Any, leading: tuple[int, ...] = (), batches: int = 2) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Random captures ``(inputs, output_grads)`` of a few batches with five examples of three positions."""
+    out, inp = (layer.features, 2) if isinstance(layer, Bias) else (layer.out_features, layer.in_features)
+    return [(rng.normal(size=(*leading, 5, 3, inp)), rng.normal(size=(*leading, 5, 3, out))) for _ in range(batches)]
+
+
+class MethodTests:
+    """KFAC and Diagonal through reduce, observe, refresh, precondition, dense."""
+
+    backend: Backend
+
+    def _fit(self, method: Method, layer: Layer, batches: list[Any], dtype: str, leading: tuple[int, ...] = ()) -> Any:
+        """State that has seen the batches, refreshed; every verb a call of its own."""
+        b = self.backend
+        reduce = b.wrap(lambda state, a, g: method.reduce(layer, state, a, g))
+        observe = b.wrap(method.observe)
+        state = method.init(layer, b.put(np.zeros(()), dtype), leading)
+        for batch in batches:
+            state = observe(state, reduce(state, *b.put(batch, dtype)))
+        return b.call(lambda state: method.refresh(layer, state), state)
+
+    def _check(
+        self,
+        method: KFAC,
+        layer: Layer,
+        batches: list[Any],
+        expected: list[tuple[np.ndarray, np.ndarray]],
+        dtype: str,
+        leading: tuple[int, ...] = (),
+    ) -> None:
+        """Averages, direction and dense block against the factors of each batch."""
+        b, tolerance = self.backend, TOLERANCE[dtype]
+        rule = method.rule
+        what = f"KFAC({rule.kind}, {rule.norm}, relative={rule.relative}, fisher={method.fisher}) of {layer} in {dtype}"
+        a, g = (reference.average(list(values), DECAY) for values in zip(*expected, strict=True))
+        grad = np.random.default_rng(9).normal(size=(*leading, *layer.shape))
+        state = self._fit(method, layer, batches, dtype, leading)
+        wanted = (a.astype(dtype), None if method.fisher == "forward" else g.astype(dtype))
+        assert_close(state.average.values, wanted, b, tolerance, f"{what}: averages")
+        assert_close(state.dropped, np.zeros(leading, np.int32), b, what=f"{what}: dropped")
+        assert_close(state.kept, np.zeros(leading, np.int32), b, what=f"{what}: kept")
+        direction = b.call(lambda state, grad: method.precondition(layer, state, grad), state, b.put(grad, dtype))
+        kind = "exact" if method.fisher == "forward" else rule.kind
+        desired = reference.direction(a, g, grad, 0.3, kind, rule.norm, rule.relative)
+        assert_close(direction, desired.astype(dtype), b, tolerance, f"{what}: direction")
+        if not leading:
+            dense = b.call(lambda state: method.dense(layer, state), state)
+            assert_close(dense, np.kron(g, a).astype(dtype), b, tolerance, f"{what}: dense")
+
+    def _kfac(self, layer: Any, damping: Damping, dtype: str = "float64", fisher: Any = "empirical", leading: tuple[int, ...] = ()) -> None:
+        rng = np.random.default_rng(8)
+        batches = captures(rng, layer, leading)
+        joint = layer.bias == "joint"
+        expected = [reference.factors(*batch, layer.sharing, joint) for batch in batches]
+        if fisher == "forward":
+            expected = [(a, np.broadcast_to(np.eye(layer.out_features), g.shape)) for a, g in expected]
+        self._check(KFAC(damping=damping, stats_decay=DECAY, fisher=fisher), layer, batches, expected, dtype, leading)
+
+    def test_kfac_damping_kinds(self) -> None:
+        """Exact, factored and plain, in both dtypes."""
+        for kind in ("exact", "factored", "plain"):
+            for dtype in TOLERANCE:
+                self._kfac(Linear(4, 3), Damping(0.3, kind), dtype)
+
+    def test_kfac_damping_norms(self) -> None:
+        """Every norm in the split of factored damping."""
+        for unit in ("mean", "trace", "frobenius", "spectral", "median"):
+            self._kfac(Linear(4, 3), Damping(0.3, norm=unit))
+
+    def test_kfac_relative_damping(self) -> None:
+        """In units of the block's mean eigenvalue."""
+        for kind in ("exact", "factored"):
+            self._kfac(Linear(4, 3), Damping(0.3, kind, relative=True))
+
+    def test_kfac_forward(self) -> None:
+        """The output factor is the identity, and is not stored."""
+        for kind in ("exact", "factored"):
+            self._kfac(Linear(4, 3), Damping(0.3, kind), fisher="forward")
+
+    def test_kfac_weight_sharing(self) -> None:
+        """Expand and reduce."""
+        for sharing in ("expand", "reduce"):
+            self._kfac(Linear(4, 3, sharing=sharing), Damping(0.3))
+
+    def test_kfac_without_bias(self) -> None:
+        """The inputs as they are; one output is the case in which factored damping is exact."""
+        self._kfac(Linear(4, 3, bias=None), Damping(0.3))
+        self._kfac(Linear(4, 1, bias=None), Damping(0.3))
+
+    def test_kfac_separate_bias(self) -> None:
+        """The bias' own block, whose input factor is 1."""
+        rng = np.random.default_rng(10)
+        layer = Bias(3)
+        batches = captures(rng, layer)
+        expected = [(np.ones((1, 1)), reference.factors(a, g, "reduce", joint=False)[1]) for a, g in batches]
+        for kind in ("exact", "factored"):
+            method = KFAC(damping=Damping(0.3, kind), stats_decay=DECAY)
+            self._check(method, layer, batches, expected, "float64")
+        assert set(Linear(4, 3, bias="separate").blocks()) == {".weight", ".bias"}
+
+    def test_kfac_stacked_layers(self) -> None:
+        """Leading axes stand for layers of equal shape."""
+        for kind in ("exact", "factored"):
+            self._kfac(Linear(4, 3), Damping(0.3, kind), leading=(2,))
+
+    def test_kfac_before_the_first_refresh(self) -> None:
+        """The direction is the gradient."""
+        b, layer = self.backend, Linear(4, 3)
+        grad = np.random.default_rng(11).normal(size=layer.shape)
+        for kind in ("exact", "factored"):
+            method = KFAC(damping=Damping(0.3, kind))
+            state = method.init(layer, b.put(np.zeros(())))
+            direction = b.call(lambda state, grad, m=method: m.precondition(layer, state, grad), state, b.put(grad))
+            assert_close(direction, grad, b, what=f"unrefreshed KFAC({kind})")
+
+    def test_kfac_merges_statistics(self) -> None:
+        """Statistics of two halves add up to those of the batch, also when the sides come one at a time."""
+        b, layer, method = self.backend, Linear(4, 3), KFAC()
+        ((a, g),) = captures(np.random.default_rng(12), layer, batches=1)
+        state = method.init(layer, b.put(np.zeros(())))
+
+        def apart(state: Any, a: Any, g: Any) -> Any:
+            first = method.reduce(layer, state, a[:2, ...], None) + method.reduce(layer, state, None, g[:2, ...])
+            return method.observe(state, first + method.reduce(layer, state, a[2:, ...], g[2:, ...]))
+
+        state = b.call(apart, state, *b.put((a, g)))
+        assert_close(state.average.values, reference.factors(a, g), b, 1e-10, "merged averages")
+
+    def test_kfac_drops_statistics_that_are_not_finite(self) -> None:
+        """The average stays, the counter says so."""
+        b, layer, method = self.backend, Linear(4, 3), KFAC(damping=0.3)
+        good, bad = captures(np.random.default_rng(13), layer)
+        bad[1][0, 0, 0] = np.nan
+        state = self._fit(method, layer, [good, bad], "float64")
+        assert_close(state.average.values, reference.factors(*good), b, 1e-10, "averages after NaN")
+        assert_close(state.dropped, np.asarray(1, np.int32), b, what="dropped")
+        empty = b.call(lambda state: method.refresh(layer, state), method.init(layer, b.put(np.zeros(()))))
+        assert_close(empty.kept, np.asarray(1, np.int32), b, what="kept refreshes of an empty state")
+
+    def test_diagonal(self) -> None:
+        """A parameter of any shape; absolute and relative damping, two powers, both dtypes."""
+        rng = np.random.default_rng(14)
+        grads = rng.normal(size=(2, 3, 2))
+        layer = Tensor((3, 2))
+        for power, relative, dtype in ((1.0, False, "float64"), (0.5, True, "float64"), (1.0, True, "float32")):
+            method = Diagonal(damping=Damping(0.3, relative=relative), power=power, stats_decay=DECAY)
+            what = f"Diagonal(power={power}, relative={relative}) in {dtype}"
+            b = self.backend
+            state = method.init(layer, b.put(grads[0], dtype))
+            see = b.wrap(lambda state, grad, m=method: m.observe(state, m.reduce(layer, state, grad=grad, terms=7.0)))
+            for grad in grads:
+                state = see(state, b.put(grad, dtype))
+            state = b.call(lambda state, m=method: m.refresh(layer, state), state)
+            h = reference.average([7.0 * g**2 for g in grads], DECAY)
+            desired = grads[1] / (h + 0.3 * (h.mean() if relative else 1.0)) ** power
+            direction = b.call(lambda state, grad, m=method: m.precondition(layer, state, grad), state, b.put(grads[1], dtype))
+            assert_close(direction, desired.astype(dtype), b, TOLERANCE[dtype], what)
+            dense = b.call(lambda state, m=method: m.dense(layer, state), state)
+            assert_close(dense, np.diag(h.reshape(-1)).astype(dtype), b, TOLERANCE[dtype], f"{what}: dense")
