@@ -22,7 +22,7 @@ from kfcore.model import Model
 
 # optimizers
 from kfcore.optimizer import ModelOptimizer, Optimizer, OptimizerState, Recorder
-from kfcore.preconditioner import Block, Preconditioner, PreconditionerState
+from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report
 from kfcore.stepsize import StepSize, StepState
 
@@ -53,6 +53,7 @@ __all__ = [
     "StepSize",
     "StepState",
     "__version__",
+    "blocks_of",
     "fisher_vectors",
     "load",
     "primitives",

@@ -45,7 +45,9 @@ def namespace(*arrays: Array) -> Namespace:
     if known is not None:
         return known
     try:
-        return _namespaces.setdefault(kinds, array_api_compat.array_namespace(*arrays))
+        xp = array_api_compat.array_namespace(*arrays)
+        # NumPy arrays of one of JAX's own dtypes count as JAX: that is true of them, not of their type
+        return xp if numpy.ndarray in kinds and library(xp) != "numpy" else _namespaces.setdefault(kinds, xp)
     except TypeError as error:
         kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in arrays})
         raise TypeError(
@@ -79,7 +81,7 @@ def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
 
 def scalar(xp: Namespace, value: float | Array, like: Array) -> Array:
     """``value`` as a 0-d array (or as the array it is) in the dtype and on the device of ``like``."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, numpy.generic)):
         return xp.asarray(float(value), dtype=like.dtype, device=device(like))
     return cast(xp, value, like.dtype)
 

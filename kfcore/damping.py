@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class Damping:
 
 def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
     """Raise unless ``value`` is a finite number that is positive (or zero, where allowed)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number:
         raise ValueError(f"`{name}` must be a finite number, got {value!r}")
     if value < 0 or (value == 0 and not zero):

@@ -366,9 +366,11 @@ class Optimizer:
         records
             By layer, the inputs ``[N, ..., in]`` and the gradients of the loss at its output ``[N, ..., out]`` as your backward pass has
             them (already divided by N where the loss is a mean); a list of such pairs where a layer is used, or a batch cut, more
-            than once. May be ``None`` at steps where :meth:`stats_due` says so.
+            than once. For ``fisher="mc"`` and ``"exact"`` they are instead the vectors of :func:`kfcore.fisher_vectors` pulled back,
+            undivided, one pair a vector. May be ``None`` at steps where :meth:`stats_due` says so.
         terms
-            Number of terms in the loss. The number of examples, N, if not given.
+            Number of terms in the loss, if it is not the number of examples: N T for a mean over T tokens each, N C for a mean
+            squared error over C numbers each.
         overrides
             See :meth:`ModelOptimizer.update`.
         """

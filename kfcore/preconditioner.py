@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ class PreconditionerState(NamedTuple):
     count: Array
     """Steps taken, 0-d int32, readable on the host."""
     observed: Array
-    """Times that statistics were taken since the first that were finite, 0-d int32, readable on the host."""
+    """Times that statistics were taken since the first that were finite in every block, 0-d int32, readable on the host."""
     refreshed: Array
     """Refreshes since then, likewise."""
     blocks: dict[str, Any]
@@ -71,7 +73,7 @@ class Preconditioner:
 
     def stats_due(self, count: int | Array) -> Any:
         """Whether statistics are due at step ``count``, for any block."""
-        return _any([schedule.due(m.stats_every, host(count)) for m in self._methods()])
+        return functools.reduce(operator.or_, [schedule.due(m.stats_every, host(count)) for m in self._methods()])
 
     def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
         """Take the statistics, by block, of the blocks for which they are due; the others keep their averages."""
@@ -85,10 +87,13 @@ class Preconditioner:
             blocks[name] = cond(schedule.due(method.stats_every, count), take, _same, blocks[name])
         if known(state.observed) or not statistics:
             return state._replace(blocks=blocks, observed=state.observed + (1 if statistics else 0))
-        # whether the very first were any good is in the arrays: until some are, look (afterwards nobody waits for a device)
-        xp = namespace(state.observed)
-        seen = _any([blocks[name].average.weight > 0 for name in statistics])
-        seen = int(to_numpy(seen).any()) if known(state.observed) == 0 else xp.astype(xp.any(seen), xp.int32)
+        # whether the very first were any good is in the arrays: until all are, look (afterwards nobody waits for a device)
+        seen = functools.reduce(operator.and_, [blocks[name].average.weight > 0 for name in statistics])
+        if known(state.observed) == 0:
+            seen = int(to_numpy(seen).all())
+        else:
+            xp = namespace(state.observed)
+            seen = xp.astype(xp.all(seen), xp.int32)
         return state._replace(blocks=blocks, observed=state.observed + seen)
 
     def refresh(self, state: PreconditionerState, damping: Values = None) -> PreconditionerState:
@@ -149,9 +154,6 @@ class Preconditioner:
         unknown = [name for name in damping if name not in self.blocks] if isinstance(damping, Mapping) else []
         if unknown:
             raise ValueError(f"`damping` names the unknown block {unknown[0]!r}; known: {', '.join(self.blocks)}")
-        for value in damping.values() if isinstance(damping, Mapping) else [damping]:
-            if isinstance(value, (int, float)):
-                check_positive("damping", value)
 
     def _methods(self) -> list[Method]:
         return list({id(b.method): b.method for b in self.blocks.values()}.values())
@@ -163,7 +165,10 @@ class Preconditioner:
 
     def _damping(self, name: str, damping: Values, count: Array) -> Any:
         value = damping.get(name) if isinstance(damping, Mapping) else damping
-        return self.blocks[name].method.rule.at(count) if value is None else value
+        value = self.blocks[name].method.rule.at(count) if value is None else value
+        if isinstance(value, (int, float)):
+            check_positive("damping", value)
+        return value
 
 
 def blocks_of(
@@ -198,13 +203,6 @@ def default_fallback(method: Method) -> Diagonal:
 
 def _same(old: Any) -> Any:
     return old
-
-
-def _any(flags: list[Any]) -> Any:
-    total = flags[0]
-    for flag in flags[1:]:
-        total = total | flag
-    return total
 
 
 def _stack(trees: list[Any]) -> Any:

@@ -55,7 +55,7 @@ class GradientStatistics(NamedTuple):
     square_sum: Array
     """``M gradient^2``, of the gradient's shape."""
     count: Number
-    """Number of batches merged."""
+    """Number of batches merged, those without terms not counted."""
 
     def __add__(self, other: GradientStatistics) -> GradientStatistics:  # pyright: ignore[reportIncompatibleMethodOverride]
         return GradientStatistics(self.square_sum + other.square_sum, self.count + other.count)

@@ -34,14 +34,23 @@ def sandwich(xp: Any, left: Tensor, x: Tensor, right: Tensor) -> Tensor:
 
 
 def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """By Cholesky, a third of the work of a general inverse, and without the exception or the synchronisation of the checked one."""
+    """By Cholesky, a third of the work of a general inverse, and without the exception or the synchronisation of the checked one.
+
+    The result is exactly symmetric; its transpose has its rows contiguous, as an inverse read from a checkpoint has.
+    """
     factor, info = torch.linalg.cholesky_ex(x)
-    return torch.cholesky_inverse(factor), info == 0
+    return torch.cholesky_inverse(factor).mT, info == 0
+
+
+def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With contiguous rows in the vectors: products then round as they do with vectors read from a checkpoint."""
+    values, vectors = torch.linalg.eigh(0.5 * (x + x.mT))
+    return values.clamp(min=0.0), vectors.contiguous(), torch.isfinite(values.sum(dim=-1))
 
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (blend, sandwich, invert):
+    for kernel in (blend, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

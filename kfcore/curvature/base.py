@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -76,7 +77,7 @@ class Method:
             value = getattr(self, field)
             if field != "mc_samples" and callable(value):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{field}` must be a positive int, got {value!r}")
         if not callable(self.stats_decay):
             check_positive("stats_decay", self.stats_decay)

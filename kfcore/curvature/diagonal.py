@@ -50,9 +50,10 @@ class Tensor:
 class Diagonal(Method):
     """Diagonal natural gradient from batch gradients: direction ``grad / (h + damping)``.
 
-    ``h`` is the running average of ``M grad^2``, with M the terms of the mean loss: a mean of M independent pseudo-gradients has 1/M
-    of their mean square. It is unbiased while noise dominates the gradient, and too large (so the steps too short) where all
-    examples agree. No entry of a direction exceeds ``1 / (2 sqrt(M damping))`` once the average is the current gradient.
+    ``h`` is the running average of ``M grad^2``, with M the terms of the mean loss: a mean of M independent pseudo-gradients has
+    1/M of their mean square. It is unbiased while noise dominates the gradient, and too large (so the steps too short) where all
+    examples agree; copies of an example count as independent. No entry of a direction exceeds ``1 / (2 sqrt(M damping))`` once the
+    average is the current gradient.
 
     Parameters
     ----------
@@ -97,14 +98,16 @@ class Diagonal(Method):
         if not is_real_floating(xp, grad):
             raise TypeError(f"`grad` must be real floating point, got {grad.dtype}")
         grad = cast(xp, grad, state.average.weight.dtype)
-        return GradientStatistics(scalar(xp, terms, grad) * grad * grad, 1.0)
+        terms = scalar(xp, terms, grad)
+        return GradientStatistics(terms * grad * grad, cast(xp, terms > 0, grad.dtype))
 
     def observe(self, state: DiagonalState, statistics: GradientStatistics, decay: float | Array | None = None) -> DiagonalState:
         """Running average of the diagonal."""
         xp = namespace(state.average.weight)
         weight, (old,) = state.average.weight, state.average.values
-        new = statistics.square_sum / statistics.count
-        ok = xp.isfinite(xp.sum(new))
+        count = scalar(xp, statistics.count, weight)
+        new = statistics.square_sum / xp.where(count > 0, count, xp.ones_like(count))
+        ok = xp.isfinite(xp.sum(new)) & (count > 0)
         grown = weight * self._decay(decay) + 1.0
         step = 1.0 / grown
         value = xp.where(ok, (1.0 - step) * old + step * new, old)

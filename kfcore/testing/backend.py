@@ -192,7 +192,9 @@ def _assert_leaf(x: Any, desired: np.ndarray, backend: Backend, rtol: float, whe
             raise AssertionError(f"{where}: values: got {value.tolist()}, expected {desired.tolist()}")
         return
     if not np.array_equal(np.isfinite(value), np.isfinite(desired)):
-        raise AssertionError(f"{where}: finite entries: got {np.isfinite(value).sum()} of {value.size}, expected {np.isfinite(desired).sum()}")
+        raise AssertionError(
+            f"{where}: finite entries: got {np.isfinite(value).sum()} of {value.size}, expected {np.isfinite(desired).sum()}"
+        )
     finite = np.isfinite(desired)
     error = float(np.max(np.abs(value[finite] - desired[finite]), initial=0.0))
     top = float(np.max(np.abs(desired[finite]), initial=0.0))

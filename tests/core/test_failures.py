@@ -174,3 +174,29 @@ def test_a_schedule_that_is_not_finite_leaves_the_weights_finite(rng, model, nam
     with np.errstate(all="ignore"):
         params, state = model.run(optimizer, params, optimizer.init(params), [model.batch(rng) for _ in range(4)])
     assert all(np.isfinite(leaf).all() for leaf in model.flat((params, state)))
+
+
+def test_a_block_whose_first_batch_was_bad_is_refreshed_as_soon_as_it_has_statistics(rng, captures, model):
+    layers = {"a": kf.Linear(3, 2, None), "b": kf.Linear(3, 2, None)}
+    optimizer = kf.Optimizer(kf.KFAC(damping=0.1, refresh_every=10), layers, momentum=0.0)
+    params = {name: {"weight": rng.normal(size=(2, 3))} for name in layers}
+    x, g = captures(rng)
+    _, state = optimizer.step(params, params, {"a": (x, g), "b": (x * np.nan, g)}, optimizer.init(params))
+    _, state = optimizer.step(params, params, {"a": (x, g), "b": (x, g)}, state)
+    assert model.same(state.curvature.blocks["b"].solver, state.curvature.blocks["a"].solver, 1e-12)
+
+
+def test_an_empty_batch_is_dropped_by_the_fallback_too():
+    method = kf.Diagonal()
+    layer, like = kf.blocks_of(method, {}, {"p": (3,)}, method)["p"].layer, np.ones(3)
+    state = method.observe(method.init(layer, like), method.reduce(layer, method.init(layer, like), grad=like, terms=8))
+    after = method.observe(state, method.reduce(layer, state, grad=0 * like, terms=0.0))
+    assert int(after.dropped) == 1
+    assert np.array_equal(after.average.values[0], state.average.values[0])
+
+
+def test_a_negative_damping_from_a_schedule_is_refused(rng, captures):
+    optimizer = kf.Optimizer(kf.KFAC(damping=lambda step: -0.1), {"a": kf.Linear(3, 2, None)})
+    params = {"a": {"weight": rng.normal(size=(2, 3))}}
+    with pytest.raises(ValueError, match=r"`damping`.*-0.1"):
+        optimizer.step(params, params, {"a": captures(rng)}, optimizer.init(params))

@@ -21,7 +21,7 @@ def reference(model, x, y, term_losses, terms, kind):
     f = outputs(params).detach()
     if kind == "exact":
         jacobian = torch.func.jacrev(outputs)(params)
-        hessian = torch.func.hessian(lambda f: term_losses(f, y).sum())(f).reshape(f.numel(), f.numel())
+        hessian = torch.autograd.functional.hessian(lambda f: term_losses(f, y).sum(), f).reshape(f.numel(), f.numel())
     else:
         jacobian = torch.func.jacrev(lambda params: term_losses(outputs(params), y))(params)
         hessian = torch.eye(int(term_losses(f, y).numel()), dtype=f.dtype)
