@@ -178,6 +178,22 @@ def register_kernel(name: str, library: str, function: Callable[..., Any]) -> No
     _kernels[name, library] = function
 
 
+@primitive
+def truth(xp: Namespace, flag: bool | Array) -> bool | Array:
+    """``flag [...]`` as a bool, if it is 0-d and the host can read it without waiting for a device or ending a trace; else itself.
+
+    What depends on it then takes a branch instead of a selection, which reads and writes whole arrays.
+    """
+    return flag
+
+
+def _numpy_truth(xp: Namespace, flag: bool | Array) -> bool | Array:
+    return bool(flag) if isinstance(flag, bool) or flag.ndim == 0 else flag
+
+
+register_kernel("truth", "numpy", _numpy_truth)
+
+
 # -- hook 2: control flow ----------------------------------------------------------------------------------------------
 
 _control_flow: dict[str, Callable[..., Any]] = {}

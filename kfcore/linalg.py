@@ -58,11 +58,13 @@ def gram(xp: Namespace, x: Array) -> Array:
 
 
 @primitive
-def blend(xp: Namespace, old: Array, new: Array, keep: Array, weight: Array, ok: Array) -> Array:
-    """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]`` and the rest ``[...]``, or the rest 0-d.
+def blend(xp: Namespace, old: Array, new: Array, keep: float | Array, weight: float | Array, ok: bool | Array) -> Array:
+    """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]`` and the rest ``[...]``, or the rest single.
 
     ``new`` may hold NaN or infinities where ``ok`` is false; none of them reaches the result.
     """
+    if isinstance(ok, bool):
+        return keep * old + weight * new if ok else old
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)

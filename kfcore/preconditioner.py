@@ -106,11 +106,13 @@ class Preconditioner:
         any_due = False
         for index, names in enumerate(self._groups(state)):
             block = self.blocks[names[0]]
-            values = [self._damping(name, damping, count) for name in names]
-            stacked = _stack([blocks[name] for name in names])
             offset = index if self.spread else 0
             due = schedule.due(block.method.refresh_every, count, offset) | first
+            if due is False:
+                continue
             any_due = any_due | due
+            values = [self._damping(name, damping, count) for name in names]
+            stacked = _stack([blocks[name] for name in names])
 
             def run(old: Any, block: Block = block, values: list[Any] = values) -> Any:
                 return block.method.refresh(block.layer, old, values[0] if len(values) == 1 else _numbers(values, old))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, NamedTuple, TypeAlias
 
-from kfcore._array import Array, Namespace, device, scalar
+from kfcore._array import Array, Namespace, device, scalar, truth
 from kfcore.linalg import blend
 
 Number: TypeAlias = Any
@@ -85,8 +87,9 @@ def unseen(xp: Namespace, like: Array, shapes: tuple[tuple[int, ...] | None, ...
 
 def observe(
     xp: Namespace, average: RunningAverage, totals: tuple[Array | None, ...], counts: tuple[Number, ...], decay: float | Array
-) -> tuple[RunningAverage, Array]:
-    """``average`` with the means ``totals / counts`` observed, and whether they were, ``[...]`` of booleans.
+) -> tuple[RunningAverage, bool | Array]:
+    """``average`` with the means ``totals / counts`` observed, and whether they were: ``[...]`` of booleans, or a bool
+    where the host knows.
 
     Totals are positive semi-definite matrices. All of them are observed or none: a count of zero, a NaN or an infinity in one
     leaves the average as it was. A finite diagonal bounds all other entries, so n numbers are looked at instead of n^2.
@@ -97,14 +100,16 @@ def observe(
             shares, some = _reciprocal(xp, count, value)
             parts.append((value, total, shares))
             positive = positive & some
-    spread = sum(xp.linalg.trace(total) * shares for _, total, shares in parts)
-    ok = xp.isfinite(spread) if positive is True else xp.isfinite(spread) & positive
+    ok = xp.isfinite(functools.reduce(operator.add, [xp.linalg.trace(total) * shares for _, total, shares in parts]))
+    ok = truth(xp, ok if positive is True else ok & positive)
+    if ok is False:
+        return average, ok
     grown = average.weight * decay + 1.0
     step = 1.0 / grown
     keep = 1.0 - step
     new = iter([blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
     values = tuple(None if v is None else next(new) for v in average.values)
-    return RunningAverage(xp.where(ok, grown, average.weight), values), ok
+    return RunningAverage(grown if ok is True else xp.where(ok, grown, average.weight), values), ok
 
 
 def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]:

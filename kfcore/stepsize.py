@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, host, namespace, scalar
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, host, namespace, scalar, truth
 from kfcore.damping import check_positive
 from kfcore.linalg import blend
 
@@ -124,7 +124,7 @@ def apply(
     first = next(iter(directions.values()))
     xp = namespace(first)
     scale = None if values["clip"] is None else clip_scale(values["clip"], values["learning_rate"], grads, directions)
-    ok = _finite(xp, directions, [*_numbers(values), *([] if scale is None else [scale])])
+    ok = truth(xp, _finite(xp, directions, [*_numbers(values), *([] if scale is None else [scale])]))
     guard = _Guard(xp, ok)
     updates: dict[str, Array] = {}
     momentum = dict(state.momentum)
@@ -137,22 +137,31 @@ def apply(
         if name in momentum:
             momentum[name] = blend(xp, momentum[name], d, guard(mu, 1.0, d), guard(1.0, 0.0, d), ok)
         if name not in momentum or step.nesterov:
-            d = xp.where(ok, d, guard(0.0, 0.0, d))
+            d = guard.whole(d)
         if name in momentum:
             d = d + guard(mu, 0.0, d) * momentum[name] if step.nesterov else momentum[name]
         if step.decay == "decoupled" and _nonzero(wd):
             d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
         updates[name] = guard(lr, 0.0, d, sign=-1.0) * d
-    return updates, StepState(momentum, xp.where(ok, state.skipped, state.skipped + 1))
+    skipped = state.skipped if ok is True else state.skipped + 1
+    return updates, StepState(momentum, skipped if isinstance(ok, bool) else xp.where(ok, state.skipped, skipped))
 
 
 class _Guard:
     """Hyper-parameters of a step that is taken only where ``ok``: their values, or neutral ones. Each is made once a step."""
 
-    def __init__(self, xp: Namespace, ok: Array) -> None:
+    def __init__(self, xp: Namespace, ok: bool | Array) -> None:
         self._xp, self._ok, self._made = xp, ok, {}
 
-    def __call__(self, value: Any, neutral: float, like: Array, sign: float = 1.0) -> Array:
+    def whole(self, x: Array) -> Array:
+        """``x``, or zeros."""
+        if isinstance(self._ok, bool):
+            return x if self._ok else self._xp.zeros_like(x)
+        return self._xp.where(self._ok, x, self(0.0, 0.0, x))
+
+    def __call__(self, value: Any, neutral: float, like: Array, sign: float = 1.0) -> float | Array:
+        if isinstance(self._ok, bool):
+            return sign * (_number(self._xp, value, like) if self._ok else neutral)
         key = (value if isinstance(value, (int, float)) else id(value), neutral, like.dtype, sign)
         if key not in self._made:
             made = self._xp.where(self._ok, scalar(self._xp, value, like), scalar(self._xp, neutral, like))

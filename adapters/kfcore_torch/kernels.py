@@ -13,10 +13,17 @@ ODD = 256
 """From this width on, one column beyond a multiple of 16 (a joint bias) is cheaper apart: 1025 columns cost a third more than 1024."""
 
 
-def blend(xp: Any, old: Tensor, new: Tensor, keep: Tensor, weight: Tensor, ok: Tensor) -> Tensor:
-    """On the CPU a branch, which saves the pass of a selection: three times faster. Elsewhere it would wait for the device."""
-    if _readable(ok):
-        return torch.addcmul(old * keep, new, weight) if ok else old
+def truth(xp: Any, flag: bool | Tensor) -> bool | Tensor:
+    """A bool on the CPU, outside of compiled and batched programs. Elsewhere the host would wait for the device."""
+    return bool(flag) if isinstance(flag, bool) or _readable(flag) else flag
+
+
+def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | Tensor) -> Tensor:
+    """With one pass less: the second term is added in the pass that makes it."""
+    if isinstance(ok, bool):
+        if not ok:
+            return old
+        return torch.add(old * keep, new, alpha=weight) if isinstance(weight, float) else torch.addcmul(old * keep, new, weight)
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
@@ -50,7 +57,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (blend, sandwich, invert, eigh):
+    for kernel in (truth, blend, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

@@ -170,8 +170,10 @@ def check_captured(name: str, x: Array, like: Array) -> Namespace:
     return xp
 
 
-def select(xp: Namespace, ok: Array, new: T, old: T) -> T:
+def select(xp: Namespace, ok: bool | Array, new: T, old: T) -> T:
     """``new`` where ``ok [...]``, else ``old``, for equal nests of tuples, arrays and ``None``."""
+    if isinstance(ok, bool):
+        return new if ok else old
     if new is None:
         return old
     if isinstance(new, tuple):
@@ -181,6 +183,8 @@ def select(xp: Namespace, ok: Array, new: T, old: T) -> T:
     return xp.where(ok[(...,) + (None,) * extra], new, old)
 
 
-def count_failure(xp: Namespace, counter: Array, ok: Array) -> Array:
+def count_failure(xp: Namespace, counter: Array, ok: bool | Array) -> Array:
     """``counter`` plus one where not ``ok``."""
+    if isinstance(ok, bool):
+        return counter if ok else counter + 1
     return xp.where(ok, counter, counter + 1)

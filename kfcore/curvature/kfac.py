@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from kfcore import damping as damp
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace
+from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.layers import Layer
 from kfcore.linalg import carried, damped, eigh, gram, identity, invert, kron, sandwich
@@ -122,7 +122,7 @@ class KFAC(Method):
         a, g = state.average.values
         value = damp.strength(xp, self.rule, self._damping(damping), a, g)
         solver, ok = self._eigenbases(xp, a, g, value) if self.rule.kind == "exact" else self._inverses(xp, a, g, value)
-        ok = ok & (state.average.weight > 0)
+        ok = truth(xp, ok & (state.average.weight > 0))
         return state._replace(solver=select(xp, ok, solver, state.solver), kept=count_failure(xp, state.kept, ok))
 
     def precondition(self, layer: Layer, state: KFACState, grad: Array) -> Array:

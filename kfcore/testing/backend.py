@@ -167,7 +167,7 @@ def assert_close(actual: Any, desired: Any, backend: Backend, rtol: float = 1e-1
     live on the host.
     """
     got, want = dict(leaves(actual, what)), dict(leaves(desired, what))
-    if list(got) != list(want):
+    if sorted(got) != sorted(want):
         raise AssertionError(f"{backend.name}: structure: got {sorted(got)}, expected {sorted(want)}")
     for path, x in got.items():
         _assert_leaf(x, np.asarray(want[path]), backend, rtol, f"{backend.name}: {path}", anywhere)

@@ -71,8 +71,8 @@ class OptimizerTests:
         assert optimizer.diagnostics(state) == {"steps": STEPS, "skipped_steps": 0, "dropped_statistics": {}, "kept_refreshes": {}}
 
     def test_step_with_momentum_and_decoupled_decay(self) -> None:
-        """The defaults, with statistics and refreshes that are not always due; then the same in float32."""
-        for dtype in ("float64", "float32"):
+        """The defaults, with statistics and refreshes that are not always due; the same in float32, unless that is another compilation."""
+        for dtype in ("float64", "float32") if self.backend.eager else ("float64",):
             self._train(damping=0.1, stats_every=2, refresh_every=3, weight_decay=0.01, dtype=dtype)
 
     def test_step_with_clip_and_coupled_decay(self) -> None:
@@ -153,7 +153,8 @@ class OptimizerTests:
                 params, state = step(params, b.put(grads), b.put(records), state)
                 for path, value in leaves(b.get((params, state)), "state"):
                     assert np.isfinite(value).all(), f"{b.name}: {path} is not finite after {kind} of {history}"
-                moved = any(not np.array_equal(u, v) for (_, u), (_, v) in zip(leaves(before), leaves(b.get(params)), strict=True))
+                old = dict(leaves(before))
+                moved = any(not np.array_equal(old[path], value) for path, value in leaves(b.get(params)))
                 assert moved == (kind != "all"), f"{b.name}: params moved: {moved}, after {kind} of {history}"
             found = optimizer.diagnostics(state)
             assert found["skipped_steps"] == history.count("all"), f"{b.name}: {found}"

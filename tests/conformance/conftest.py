@@ -78,14 +78,19 @@ def _jax(jit):
     @contextmanager
     def context():
         jax = _need("jax")
-        before = jax.config.jax_enable_x64
-        jax.config.update("jax_enable_x64", True)
+        # programs here run a few times on a few numbers: nearly all of the time would go into optimising them
+        wanted = {"jax_enable_x64": True, "jax_disable_most_optimizations": True}
+        before = {name: getattr(jax.config, name) for name in wanted}
+        for name, value in wanted.items():
+            jax.config.update(name, value)
         try:
-            with hooks(kernels={}, control_flow={"jax": jax.lax.cond}):
+            # without jit every array has a value, and the host may branch on it
+            with hooks(kernels={}, control_flow={"jax": jax.lax.cond} if jit else {}):
                 fields = {"transform": jax.jit, "eager": False} if jit else {}
                 yield kt.array_api_backend(jax.numpy, name=f"jax {'under jit' if jit else 'eager'}", array_type=jax.Array, **fields)
         finally:
-            jax.config.update("jax_enable_x64", before)
+            for name, value in before.items():
+                jax.config.update(name, value)
 
     return context
 

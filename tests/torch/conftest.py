@@ -20,10 +20,10 @@ def mlp(sizes=(4, 6, 5, 3), activation=nn.Tanh, seed=0, dtype=torch.float64, bia
     torch.manual_seed(seed)
     layers = []
     for i, (inp, out) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(inp, out, bias=bias, dtype=dtype))
+        layers.append(nn.Linear(inp, out, bias=bias, dtype=torch.float64))
         if activation is not None and i < len(sizes) - 2:
             layers.append(activation())
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(dtype)
 
 
 def data(n=8, inp=4, classes=3, seed=1, dtype=torch.float64):

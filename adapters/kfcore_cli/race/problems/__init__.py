@@ -1,0 +1,1 @@
+"""Problems: one module each, exposing ``problem``."""

@@ -1,0 +1,73 @@
+"""Bad batches leave the weights alone and are counted; ranks with a part of a batch each make the step of the whole."""
+
+import pytest
+import torch
+from kfcore_torch import Optimizer
+
+import kfcore as kf
+
+F = torch.nn.functional
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_batch_that_is_not_finite_changes_nothing(lib, value, at):
+    model, good = lib.mlp(), lib.batches(5)
+    optimizer = lib.optimizer(model)
+    lib.train(model, optimizer, good[:at])
+    before = lib.weights(model)
+    x, y = lib.data()
+    x[0, 0] = value
+    assert (lib.train(model, optimizer, [(x, y)]) == before).all()
+    found = optimizer.diagnostics()
+    assert found["skipped_steps"] == 1
+    assert found["dropped_statistics"]["0"] == 1
+    after = lib.train(model, optimizer, good[at:])
+    assert torch.isfinite(torch.as_tensor(after)).all()
+    assert lib.gap(before, after) > 1e-3
+    assert optimizer.diagnostics()["skipped_steps"] == 1
+
+
+def test_an_empty_loss_leaves_finite_weights(lib):
+    model = lib.mlp()
+    optimizer = Optimizer(model, kf.KFAC(damping=0.1, fisher="exact"), loss=kf.CrossEntropy(ignore_index=-100))
+    for ignored in (False, True, False):
+        x, y = lib.data()
+        y = torch.full_like(y, -100) if ignored else y
+        optimizer.zero_grad()
+        f = model(x)
+        optimizer.backward_fisher(f, y)
+        F.cross_entropy(f, y, reduction="sum").div((y != -100).sum().clamp(min=1)).backward()
+        optimizer.step()
+        assert torch.isfinite(torch.as_tensor(lib.weights(model))).all()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "forward"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_two_ranks_with_halves_have_the_factors_of_the_whole(lib, fisher, reduction):
+    x, y = lib.data(10)
+    method, criterion = kf.KFAC(damping=0.1, fisher=fisher), torch.nn.CrossEntropyLoss(reduction=reduction)
+
+    def step(xs, ys, grads=None, all_reduce=None):
+        model = lib.mlp()
+        terms = len(xs) if fisher == "forward" else None
+        optimizer = Optimizer(model, method, lr=0.05, loss=kf.CrossEntropy(), loss_reduction=reduction, all_reduce=all_reduce)
+        f = model(xs)
+        if fisher == "exact":
+            optimizer.backward_fisher(f)
+        criterion(f, ys).backward()
+        for p, g in zip(model.parameters(), grads or (), strict=False):
+            p.grad.copy_(g)
+        optimizer.step(terms=terms)
+        return model, optimizer
+
+    whole, expected = step(x, y)
+    grads = [p.grad for p in whole.parameters()]
+    posted = []
+    step(x[:4], y[:4], all_reduce=lambda t: posted.append(t.clone()))
+    waiting = iter(posted)
+    model, optimizer = step(x[4:], y[4:], grads, lambda t: t.add_(next(waiting)))
+    assert next(waiting, None) is None, "both ranks must reduce the same things"
+    for name, block in lib.dense(expected).items():
+        assert lib.gap(lib.dense(optimizer)[name], block) < 1e-12
+    assert lib.gap(lib.weights(model), lib.weights(whole)) < 1e-12
