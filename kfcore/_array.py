@@ -187,11 +187,22 @@ def truth(xp: Namespace, flag: bool | Array) -> bool | Array:
     return flag
 
 
+@primitive
+def number(xp: Namespace, value: Array) -> float | Array:
+    """``value`` as a float under the conditions of :func:`truth`, so that arithmetic with it is the host's; else itself."""
+    return value
+
+
+def _numpy_number(xp: Namespace, value: Array) -> float | Array:
+    return float(value) if value.ndim == 0 else value
+
+
 def _numpy_truth(xp: Namespace, flag: bool | Array) -> bool | Array:
     return bool(flag) if isinstance(flag, bool) or flag.ndim == 0 else flag
 
 
 register_kernel("truth", "numpy", _numpy_truth)
+register_kernel("number", "numpy", _numpy_number)
 
 
 # -- hook 2: control flow ----------------------------------------------------------------------------------------------

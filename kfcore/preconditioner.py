@@ -62,6 +62,7 @@ class Preconditioner:
 
     def __init__(self, blocks: Mapping[str, Block], *, group: bool = False, spread: bool = False) -> None:
         self.blocks = dict(blocks)
+        self._methods = list({id(block.method): block.method for block in self.blocks.values()}.values())
         self.group = group
         self.spread = spread
 
@@ -73,7 +74,7 @@ class Preconditioner:
 
     def stats_due(self, count: int | Array) -> Any:
         """Whether statistics are due at step ``count``, for any block."""
-        return functools.reduce(operator.or_, [schedule.due(m.stats_every, host(count)) for m in self._methods()])
+        return functools.reduce(operator.or_, [schedule.due(m.stats_every, host(count)) for m in self._methods])
 
     def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
         """Take the statistics, by block, of the blocks for which they are due; the others keep their averages."""
@@ -156,9 +157,6 @@ class Preconditioner:
         unknown = [name for name in damping if name not in self.blocks] if isinstance(damping, Mapping) else []
         if unknown:
             raise ValueError(f"`damping` names the unknown block {unknown[0]!r}; known: {', '.join(self.blocks)}")
-
-    def _methods(self) -> list[Method]:
-        return list({id(b.method): b.method for b in self.blocks.values()}.values())
 
     def _block(self, name: str) -> Block:
         if name not in self.blocks:

@@ -6,7 +6,7 @@ import functools
 import operator
 from typing import Any, NamedTuple, TypeAlias
 
-from kfcore._array import Array, Namespace, device, scalar, truth
+from kfcore._array import Array, Namespace, device, number, scalar, truth
 from kfcore.linalg import blend
 
 Number: TypeAlias = Any
@@ -105,7 +105,7 @@ def observe(
     if ok is False:
         return average, ok
     grown = average.weight * decay + 1.0
-    step = 1.0 / grown
+    step = number(xp, 1.0 / grown) if ok is True else 1.0 / grown
     keep = 1.0 - step
     new = iter([blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
     values = tuple(None if v is None else next(new) for v in average.values)

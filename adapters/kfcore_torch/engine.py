@@ -88,7 +88,7 @@ class Engine:
             deferred=self.method.fisher in ("mc", "exact"),
         )
         self._output_layer: str | None = None
-        self.clear()
+        self.moved()
 
     def _laid_out(self, trained: Sequence[Tensor], excluded: Mapping[str, str]) -> tuple[Layout, ModelOptimizer]:
         found = layout(self.module, trained, excluded=excluded, **self._how)
@@ -100,6 +100,11 @@ class Engine:
         self._terms: float | Tensor = 0.0
         assert self.capture is not None
         self.capture.take()
+
+    def moved(self) -> None:
+        """The state is another one: forget what was captured, and see whether the coming step wants statistics."""
+        self.clear()
+        assert self.capture is not None
         self.capture.wanted = bool(self.core.stats_due(self.state))
 
     # -- capture -------------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class Engine:
             grads, self.state, statistics, terms=terms, loss_scale=self._scale(), damping=self._by_block(damping)
         )
         self.state = self.state._replace(curvature=curvature)
-        self.clear()
+        self.moved()
         return grads, found
 
     def updates(self, overrides: Mapping[str, Any], terms: float | Tensor | None) -> dict[str, Tensor]:
@@ -157,7 +162,7 @@ class Engine:
         found, self.state = self.core.update(
             params, grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
         )
-        self.clear()
+        self.moved()
         return found
 
     def _gather(self, terms: float | Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
@@ -217,6 +222,8 @@ class Engine:
     def _by_block(self, damping: Mapping[str, float | None]) -> dict[str, float]:
         """Damping by block from that by parameter: a block follows the group of its first parameter."""
         blocks: dict[str, float] = {}
+        if all(value is None for value in damping.values()):
+            return blocks
         for parameter, names in self.layout.model.block_names().items():
             value = damping.get(parameter)
             for name in names:
@@ -273,7 +280,7 @@ class Engine:
             self._excluded = excluded
             self.plan(list(self.layout.parameters.values()))
         self.state = state
-        self.clear()
+        self.moved()
 
     def _adopt(self, core: ModelOptimizer, state: OptimizerState) -> None:
         old, new = core.preconditioner.blocks, self.core.preconditioner.blocks

@@ -18,6 +18,11 @@ def truth(xp: Any, flag: bool | Tensor) -> bool | Tensor:
     return bool(flag) if isinstance(flag, bool) or _readable(flag) else flag
 
 
+def number(xp: Any, value: Tensor) -> float | Tensor:
+    """A float under the same conditions."""
+    return float(value) if _readable(value) else value
+
+
 def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | Tensor) -> Tensor:
     """With one pass less: the second term is added in the pass that makes it."""
     if isinstance(ok, bool):
@@ -57,7 +62,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, blend, sandwich, invert, eigh):
+    for kernel in (truth, number, blend, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

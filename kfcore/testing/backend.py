@@ -41,6 +41,8 @@ class Backend:
         Whether the host sees values inside ``transform``.
     no_whole_step
         Why a whole optimizer step cannot run inside ``transform``; empty if it can.
+    thrifty
+        Take a sample of the combinations of shapes and dtypes where each costs a compilation.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Backend:
     transform: Callable[[Function], Function] = unchanged
     eager: bool = True
     no_whole_step: str = ""
+    thrifty: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -55,23 +55,19 @@ def _torch_kernels():
         yield kt.array_api_backend(torch, name="torch, kernels of kfcore_torch")
 
 
-def _torch_compile(mode, kernels):
-    @contextmanager
-    def context():
-        torch = _need("torch")
+@contextmanager
+def _torch_compile():
+    torch = _need("torch")
 
-        def transform(function):
-            torch._dynamo.reset()
-            return torch.compile(function, fullgraph=True, backend=mode)
-
-        reason = "schedules branch on the host, which a full graph excludes"
-        with _torch_kernels() if kernels else _torch() as plain:
-            yield kt.array_api_backend(
-                torch, name=f"{plain.name}, compiled ({mode})", transform=transform, eager=False, no_whole_step=reason
-            )
+    def transform(function):
         torch._dynamo.reset()
+        return torch.compile(function, fullgraph=True, backend="eager")
 
-    return context
+    fields = {"transform": transform, "eager": False, "thrifty": True}
+    reason = "schedules branch on the host, which a full graph excludes"
+    with _torch_kernels():
+        yield kt.array_api_backend(torch, name="torch, compiled with fullgraph=True", no_whole_step=reason, **fields)
+    torch._dynamo.reset()
 
 
 def _jax(jit):
@@ -79,18 +75,18 @@ def _jax(jit):
     def context():
         jax = _need("jax")
         # programs here run a few times on a few numbers: nearly all of the time would go into optimising them
-        wanted = {"jax_enable_x64": True, "jax_disable_most_optimizations": True}
-        before = {name: getattr(jax.config, name) for name in wanted}
-        for name, value in wanted.items():
-            jax.config.update(name, value)
+        before = jax.config.jax_enable_x64
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_disable_most_optimizations", True)
         try:
             # without jit every array has a value, and the host may branch on it
             with hooks(kernels={}, control_flow={"jax": jax.lax.cond} if jit else {}):
                 fields = {"transform": jax.jit, "eager": False} if jit else {}
+                fields["thrifty"] = True
                 yield kt.array_api_backend(jax.numpy, name=f"jax {'under jit' if jit else 'eager'}", array_type=jax.Array, **fields)
         finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
+            jax.config.update("jax_enable_x64", before)
+            jax.config.update("jax_disable_most_optimizations", False)
 
     return context
 
@@ -112,8 +108,7 @@ BACKENDS = {
     "strict-device1": lambda: _strict("device1"),
     "torch": _torch,
     "torch-kernels": _torch_kernels,
-    "torch-compile": _torch_compile("eager", False),
-    "torch-compile-kernels": _torch_compile("aot_eager", True),
+    "torch-compile": _torch_compile,
     "jax": _jax(False),
     "jax-jit": _jax(True),
     "cupy": _cupy,
