@@ -40,18 +40,7 @@ def save(path: str | os.PathLike[str], optimizer: ModelOptimizer, state: Optimiz
     OSError
         If the file cannot be written; an older file at ``path`` is then untouched.
     """
-    arrays, header = to_arrays(optimizer, state)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(serialize(arrays, metadata={"kfcore": json.dumps(header)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write(path, *to_arrays(optimizer, state))
 
 
 def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: OptimizerState) -> OptimizerState:
@@ -62,6 +51,26 @@ def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: Optimize
     CheckpointError
         If the file is missing, truncated, not a checkpoint of this library, or of another model or method.
     """
+    return from_arrays(optimizer, like, *read(path))
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, numpy.ndarray], header: Mapping[str, Any]) -> None:
+    """Write what :func:`to_arrays` gave, with any further entries in the header."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(serialize(dict(arrays), metadata={"kfcore": json.dumps(header)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, numpy.ndarray], Any]:
+    """The arrays and the header in a file, not yet checked against an optimizer; see :func:`load` for the errors."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"`path` must be a checkpoint file, got {str(path)!r}, where there is none")
@@ -74,10 +83,9 @@ def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: Optimize
     if "kfcore" not in metadata:
         raise CheckpointError("`path` is a safetensors file, but not one that kfcore wrote: its metadata has no 'kfcore'")
     try:
-        header = json.loads(metadata["kfcore"])
+        return arrays, json.loads(metadata["kfcore"])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"`path` has a damaged kfcore header: {error}") from error
-    return from_arrays(optimizer, like, arrays, header)
 
 
 def to_arrays(optimizer: ModelOptimizer, state: OptimizerState) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:

@@ -19,6 +19,8 @@ Sink = Callable[[str, Tensor, Tensor | None], None]
 class Capture:
     """Hooks on the layers of a model.
 
+    They feed the sink while ``wanted``, and with a sink that needs the output gradients at every step also while ``counting``.
+
     Parameters
     ----------
     sites
@@ -33,6 +35,7 @@ class Capture:
 
     def __init__(self, sites: Mapping[str, list[nn.Module]], sink: Sink, *, output_grads: bool, deferred: bool) -> None:
         self.wanted = True
+        self.counting = False
         self._sink = sink
         self._output_grads = output_grads
         self._deferred = deferred
@@ -46,7 +49,7 @@ class Capture:
 
     def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool) -> None:
         """A layer was called."""
-        if not self.wanted or not torch.is_grad_enabled() or not output.requires_grad:
+        if not (self.wanted or self.counting) or not torch.is_grad_enabled() or not output.requires_grad:
             return
         inputs = inputs.detach()
         if not self._output_grads:
@@ -59,7 +62,7 @@ class Capture:
 
             def fire(grad: Tensor) -> None:
                 capture = me()
-                if capture is not None and capture.wanted:
+                if capture is not None and (capture.wanted or capture.counting):
                     with torch.no_grad():
                         capture._sink(layer, inputs, grad.detach())
 
@@ -75,7 +78,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.wanted = False
+        self.wanted = self.counting = False
         self._uses = []
 
 

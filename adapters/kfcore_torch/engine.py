@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kfcore
 from kfcore import Loss, Method, ModelOptimizer, Needs, OptimizerState, StepSize
-from kfcore.checkpoint import CheckpointError, from_arrays, header_of, load, named, save
+from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, to_arrays, write
 from kfcore.optimizer import merge
 from kfcore_torch.capture import Capture
 from kfcore_torch.fisher import pull_back
@@ -87,6 +87,8 @@ class Engine:
             output_grads=Needs.OUTPUT_GRADS in needs,
             deferred=self.method.fisher in ("mc", "exact"),
         )
+        # a summed loss is divided by its terms at every step, whether statistics are due or not
+        self.capture.counting = self.core.loss_reduction == "sum" and self.method.fisher == "empirical"
         self._output_layer: str | None = None
         self.moved()
 
@@ -113,7 +115,8 @@ class Engine:
         layer = self.layout.model.layers[name]
         if inputs.ndim == 1:
             inputs, grads = inputs[None], None if grads is None else grads[None]
-        merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads)))
+        if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
+            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads)))
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name
@@ -127,9 +130,10 @@ class Engine:
         assert self.capture is not None
         if self.method.fisher not in ("mc", "exact"):
             raise ValueError(f"`backward_fisher` is for fisher='mc' and 'exact'; this method has fisher={self.method.fisher!r}")
+        assert self.loss is not None
+        self._terms += self.loss.terms(outputs.detach(), targets)
         if not self.capture.wanted:
             return
-        assert self.loss is not None
         uses = self.capture.take()
         if not uses:
             raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
@@ -138,8 +142,6 @@ class Engine:
             pull_back(self.method, self.loss, outputs, targets, generator, uses, self._sink)
         finally:
             self.capture.wanted = True
-        detached = outputs.detach()
-        self._terms += self.loss.terms(detached, targets)
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
@@ -257,9 +259,15 @@ class Engine:
         try:
             header = json.loads(saved["header"])
             arrays = {name: kfcore.to_numpy(x) for name, x in saved["arrays"].items()}
-            excluded = dict(header["excluded"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"`state_dict` has a damaged kfcore state: {error}") from error
+        return self._checked(arrays, header)
+
+    def _checked(self, arrays: Mapping[str, Any], header: Any) -> tuple[OptimizerState, dict[str, str]]:
+        try:
+            excluded = dict(header.get("excluded", {}))  # a file of another framework has none
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint has a damaged kfcore header: {error}") from error
         core, like = self.core, self.state
         if set(excluded) != set(self._excluded):
             found, core = self._laid_out(list(self.layout.parameters.values()), excluded)
@@ -268,11 +276,12 @@ class Engine:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file that every framework reads."""
-        save(path, self.core, self.state)
+        arrays, header = to_arrays(self.core, self.state)
+        write(path, arrays, header | {"excluded": self._excluded})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read such a file."""
-        self.restore(load(path, self.core, self.state), self._excluded)
+        self.restore(*self._checked(*read(path)))
 
     def restore(self, state: OptimizerState, excluded: dict[str, str]) -> None:
         """Go on from ``state``, of a model without the layers ``excluded``."""

@@ -57,6 +57,24 @@ class PrimitiveTests:
         uncovered = [name for name in primitives() if not hasattr(self, f"test_{name}")]
         assert not uncovered, f"no conformance test for the primitives {', '.join(uncovered)}"
 
+    def test_truth(self) -> None:
+        """The flag, as an array or, where it is one flag, as a bool."""
+        for which, function in implementations("truth", self.backend.library).items():
+            for flag in (True, False, [True, False]):
+                result = self.backend.call(lambda x, function=function: function(namespace(x), x), self.backend.put(np.asarray(flag)))
+                what = f"{self.backend.name}: truth ({which}) of {flag}: got {result}"
+                assert not isinstance(result, bool) or isinstance(flag, bool), what
+                assert np.array_equal(result if isinstance(result, bool) else self.backend.to_numpy(result), flag), what
+            assert function(namespace(self.backend.put(np.zeros(1))), True) is True
+
+    def test_number(self) -> None:
+        """The number, as an array or as a float."""
+        for which, function in implementations("number", self.backend.library).items():
+            for value in (np.asarray(0.25), np.asarray([0.25, 4.0])):
+                result = self.backend.call(lambda x, function=function: function(namespace(x), x), self.backend.put(value))
+                got = result if isinstance(result, float) else self.backend.to_numpy(result)
+                assert np.array_equal(got, value), f"{self.backend.name}: number ({which}) of {value}: got {result}"
+
     def test_gram(self) -> None:
         """Sum of outer products of the rows."""
         rng = np.random.default_rng(1)
@@ -93,6 +111,15 @@ class PrimitiveTests:
                 assert np.array_equal(kept, old.astype(dtype)[~ok]), f"{what} with {bad}: changed the old value where not ok"
             args = (old, new, np.asarray(0.25), np.asarray(2.0), np.asarray(True))
             self._compare(f"{what}, the rest 0-d", run(*self.backend.put(args, dtype)), 0.25 * old + 2.0 * new, dtype)
+        for which, function in implementations("blend", self.backend.library).items():
+            for ok in (True, False):
+
+                def run(old: Any, new: Any, ok: bool = ok, function: Callable[..., Any] = function) -> Any:
+                    return function(namespace(old), old, new, 0.25, 2.0, ok)
+
+                old, new = rng.normal(size=(2, 3, 4))
+                result = self.backend.call(run, *self.backend.put((old, new if ok else np.nan * new)))
+                self._compare(f"blend ({which}) of floats, {ok}", result, 0.25 * old + 2.0 * new if ok else old, "float64")
 
     def test_invert(self) -> None:
         """Inverse and success of definite matrices."""

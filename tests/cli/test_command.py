@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from kfcore_cli.app import app
-from kfcore_cli.race import registry
 from typer.testing import CliRunner
 
 import kfcore
+from kfcore_cli.app import app
+from kfcore_cli.race import registry
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 

@@ -5,6 +5,7 @@ import importlib.util
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
+
 from kfcore_cli.race import registry, rules
 from kfcore_cli.race.arrays import ArrayContender
 from kfcore_cli.race.command import settings_of

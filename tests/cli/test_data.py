@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+
 from kfcore_cli.race import registry
 from kfcore_cli.race.batches import batches
 from kfcore_cli.race.data import packaged_file, split, standardised

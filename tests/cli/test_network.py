@@ -3,6 +3,7 @@
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
+
 from kfcore_cli.race.layers import Activation, Dense
 from kfcore_cli.race.losses import Loss
 from kfcore_cli.race.network import Network, mlp

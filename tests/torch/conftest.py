@@ -8,9 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kfcore_torch import Optimizer  # noqa: E402
-
 import kfcore as kf  # noqa: E402
+from kfcore_torch import Optimizer  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
 

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
-from kfcore_torch import Optimizer
+from torch import nn
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 F = torch.nn.functional
@@ -162,3 +163,32 @@ def test_layers_given_up_in_the_first_run_stay_given_up_after_resuming(lib):
     assert (lib.train(model, optimizer, more) == lib.train(other, resumed, more)).all()
     assert (lib.train(twin._model, twin, more) == lib.weights(model)).all()
     assert resumed.report()["a.weight"].kind == "diagonal"
+
+
+def test_a_file_of_a_model_that_gave_up_a_layer_resumes_in_a_fresh_optimizer(tmp_path):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.unseen = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return nn.functional.linear(torch.tanh(self.seen(x)), self.unseen.weight, self.unseen.bias)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(torch.ones(3, 4)), torch.zeros(3, 2)).backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    model = Functional()
+    optimizer = Optimizer(model, kf.KFAC(damping=0.1))
+    with pytest.warns(UserWarning, match="unseen"):
+        step(model, optimizer)
+    optimizer.save(tmp_path / "state")
+    twin = copy.deepcopy(model)
+    other = Optimizer(twin, kf.KFAC(damping=0.1))
+    other.load(tmp_path / "state")
+    for _ in range(3):
+        step(model, optimizer)
+        step(twin, other)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

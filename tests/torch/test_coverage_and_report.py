@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kfcore_torch import Optimizer
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 nn, F = torch.nn, torch.nn.functional
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from kfcore_torch import Optimizer
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 F = torch.nn.functional
 

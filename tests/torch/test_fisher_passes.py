@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kfcore_torch import Optimizer
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 F = torch.nn.functional
 

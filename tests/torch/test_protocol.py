@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kfcore_torch import Optimizer
+from torch import nn
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 F = torch.nn.functional
 SCHEDULERS = {
@@ -196,3 +197,19 @@ def test_wrong_settings_are_refused(lib):
         Optimizer(model, "kfac")
     with pytest.raises(RuntimeError, match="no gradient"):
         Optimizer(model, kf.KFAC()).step()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_a_summed_loss_steps_where_no_statistics_are_due(fisher):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = Optimizer(model, kf.KFAC(damping=0.1, stats_every=3, fisher=fisher), loss=kf.MSE(), loss_reduction="sum", lr=0.01)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    for _ in range(5):
+        outputs = model(x)
+        optimizer.zero_grad()
+        if fisher == "mc":
+            optimizer.backward_fisher(outputs)
+        nn.functional.mse_loss(outputs, y, reduction="sum").backward()
+        optimizer.step()
+    assert float(optimizer.engine.state.curvature.blocks[""].average.weight) == pytest.approx(1.95)

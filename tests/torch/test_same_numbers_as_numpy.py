@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from kfcore_torch import Optimizer
 
 import kfcore as kf
+from kfcore_torch import Optimizer
 
 SIZES = (4, 6, 5, 3)
 KINDS = [
