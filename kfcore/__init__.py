@@ -1,30 +1,28 @@
-"""Curvature for every array framework: KFAC and its relatives, once, over the Python array API.
+"""Curvature for every array framework: KFAC and its relatives, once, over the Python array API."""
 
-Grouped by purpose; see the documentation for the guide to each.
-"""
-
-# methods
-# arrays: hooks by which a library does better than the portable reference
-from kfcore._array import primitives, register_cond, register_kernel, to_numpy
 from kfcore._version import __version__
 
-# saving
-from kfcore.checkpoint import CheckpointError, load, save
+# methods
 from kfcore.curvature import KFAC, Cost, Diagonal, Method, Needs
 from kfcore.damping import Damping
 
-# models
+# models: layers, and the losses as the Fisher matrix sees them
 from kfcore.layers import Bias, Linear
-
-# losses: labels drawn from the model, square roots of output Hessians
 from kfcore.losses import MSE, BCEWithLogits, CrossEntropy, CustomLoss, Loss, fisher_vectors
 from kfcore.model import Model
 
-# optimizers
-from kfcore.optimizer import ModelOptimizer, Optimizer, OptimizerState, Recorder
+# optimizers: on plain arrays, and what adapters drive
+from kfcore.arrays import Optimizer, Recorder
+from kfcore.optimizer import ModelOptimizer, OptimizerState
 from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report
 from kfcore.stepsize import StepSize, StepState
+
+# saving
+from kfcore.checkpoint import CheckpointError, load, save
+
+# array libraries: hooks by which one does better than the portable reference
+from kfcore._array import primitives, register_cond, register_kernel, to_numpy
 
 __all__ = [
     "KFAC",

@@ -11,7 +11,6 @@ The functions of the core find ``xp`` once per public call and pass it down as t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -30,6 +29,8 @@ Schedule: TypeAlias = Callable[[Any], Any]
 
 _namespaces: dict[tuple[type, ...], Namespace] = {}
 """Namespaces by the types of the arrays: a step asks some twenty times, and looking them up anew costs 2 us each."""
+_libraries: dict[str, str] = {}
+"""Short names of namespaces, likewise. A memo of functools would do, but compilers of other libraries stumble over it."""
 
 
 def namespace(*arrays: Array) -> Namespace:
@@ -56,11 +57,13 @@ def namespace(*arrays: Array) -> Namespace:
         ) from error
 
 
-@functools.cache
 def library(xp: Namespace) -> str:
     """Short name of a namespace: ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``, ``"array_api_strict"``, ..."""
-    parts = xp.__name__.split(".")
-    return parts[1] if parts[0] == "array_api_compat" else parts[0]
+    name = _libraries.get(xp.__name__)
+    if name is None:
+        parts = xp.__name__.split(".")
+        name = _libraries.setdefault(xp.__name__, parts[1] if parts[0] == "array_api_compat" else parts[0])
+    return name
 
 
 def device(x: Array) -> Any:

@@ -6,6 +6,8 @@ that a library may override (:func:`kfcore.register_kernel`); what stands here i
 
 from __future__ import annotations
 
+from typing import Any
+
 from kfcore._array import Array, Namespace, device, primitive
 
 FLOOR = 10.0
@@ -58,7 +60,7 @@ def gram(xp: Namespace, x: Array) -> Array:
 
 
 @primitive
-def blend(xp: Namespace, old: Array, new: Array, keep: float | Array, weight: float | Array, ok: bool | Array) -> Array:
+def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
     """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]`` and the rest ``[...]``, or the rest single.
 
     ``new`` may hold NaN or infinities where ``ok`` is false; none of them reaches the result.

@@ -1,21 +1,19 @@
-"""The whole optimizer on plain arrays: what the adapters drive, and what hand-written backward passes use as it is."""
+"""The optimizer of a model on flat dictionaries of parameters: what the adapters, and :mod:`kfcore.arrays`, drive."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule, stepsize
-from kfcore._array import Array, Schedule, cast, cond, is_real_floating, known, namespace, to_numpy
+from kfcore._array import Array, cast, cond, known, namespace, to_numpy
 from kfcore.curvature.base import Method, Needs
-from kfcore.model import Model, flatten, unflatten
+from kfcore.model import Model
 from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report, report
 from kfcore.stepsize import StepSize, StepState
 
-Record = tuple[Array, Array | None]
-Records = Mapping[str, Record | Sequence[Record]]
 Reduction = Literal["mean", "sum"]
 Statistics = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None
 
@@ -153,8 +151,8 @@ class ModelOptimizer:
         if terms is None and self.loss_reduction == "sum":
             raise ValueError("`terms` must be given for a summed loss, at every step")
         _check_terms(terms)
-        if self.loss_reduction == "sum":
-            grads = {name: grad / _positive(terms) for name, grad in grads.items()}
+        scale = _positive(terms) if self.loss_reduction == "sum" else None
+        grads = {name: grad if scale is None else grad / scale for name, grad in grads.items()}
         matrices = self.model.matrices(grads)
         curvature = self._observe(state, statistics, matrices, terms, loss_scale)
         curvature = self.preconditioner.refresh(curvature, damping)
@@ -239,258 +237,6 @@ class ModelOptimizer:
         return terms * self.method.mc_samples if self.method.fisher == "mc" else terms
 
 
-class Optimizer:
-    """The optimizer for arrays: you wrote the backward pass, this makes the step. Pure functions of an explicit state.
-
-    Parameters
-    ----------
-    method
-        The approximation, such as :class:`kfcore.KFAC`.
-    layers
-        Layer descriptions by name, such as ``{"fc1": kfcore.Linear(784, 128)}``.
-    learning_rate, momentum, nesterov, weight_decay, decay, clip, graft
-        See :class:`kfcore.StepSize`.
-    loss_reduction, fallback, group, spread
-        See :class:`kfcore.ModelOptimizer`.
-
-    Examples
-    --------
-    >>> import numpy as np, kfcore as kf
-    >>> rng = np.random.default_rng(0)
-    >>> x, y = rng.normal(size=(32, 3)), rng.normal(size=(32, 2))
-    >>> params = {"fc": {"weight": np.zeros((2, 3)), "bias": np.zeros(2)}}
-    >>> opt = kf.Optimizer(kf.KFAC(damping=1e-3), {"fc": kf.Linear(3, 2)}, learning_rate=1.0, momentum=0.0)
-    >>> state = opt.init(params)
-    >>> dz = (x @ params["fc"]["weight"].T + params["fc"]["bias"] - y) / len(x)  # mean of 0.5 |z - y|^2
-    >>> grads = {"fc": {"weight": dz.T @ x, "bias": dz.sum(axis=0)}}
-    >>> params, state = opt.step(params, grads, {"fc": (x, dz)}, state)
-
-    """
-
-    def __init__(
-        self,
-        method: Method,
-        layers: Mapping[str, Any],
-        *,
-        learning_rate: float | Schedule = 0.1,
-        momentum: float | Schedule = 0.9,
-        nesterov: bool = False,
-        weight_decay: float | Schedule = 0.0,
-        decay: Literal["decoupled", "coupled"] = "decoupled",
-        clip: float | Schedule | None = None,
-        graft: bool = False,
-        loss_reduction: Reduction = "mean",
-        fallback: Method | None = None,
-        group: bool = False,
-        spread: bool = False,
-    ) -> None:
-        self.method = method
-        self.layers = dict(layers)
-        self.step_size = StepSize(
-            learning_rate=learning_rate,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            decay=decay,
-            clip=clip,
-            graft=graft,
-        )
-        self.loss_reduction: Reduction = loss_reduction
-        self._options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
-        self._bound: dict[Any, ModelOptimizer] = {}
-        for name, layer in self.layers.items():
-            if isinstance(layer, type) or not hasattr(layer, "parameters"):
-                raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
-        self._bind({f"{name}.{role}": shape for name, layer in self.layers.items() for role, shape in layer.parameters.items()})
-
-    def bind(self, params: Mapping[str, Any]) -> ModelOptimizer:
-        """The optimizer of the model with these parameters; those of no layer get the fallback."""
-        return self._bind({name: tuple(p.shape) for name, p in flatten(params).items()})
-
-    def init(self, params: Mapping[str, Any]) -> OptimizerState:
-        """State for ``params``, a nest of dictionaries such as ``{"fc1": {"weight": ..., "bias": ...}, "scale": ...}``.
-
-        Raises
-        ------
-        ValueError
-            If a layer's parameter is missing or has another shape than the layer says.
-        TypeError
-            If a parameter is not real floating point.
-        """
-        flat = flatten(params)
-        for name, p in flat.items():
-            if not is_real_floating(namespace(p), p):
-                raise TypeError(f"`params` must be real floating point, got {p.dtype} for {name!r}")
-        return self.bind(params).init(flat)
-
-    def stats_due(self, state: OptimizerState) -> Any:
-        """Whether the coming step wants records."""
-        return next(iter(self._bound.values())).stats_due(state)
-
-    def reduce(self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None) -> dict[str, Any]:
-        """Statistics of one record; those of several micro-batches or uses of a layer merge by ``+``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Naming the layer, what came and what was expected.
-        """
-        if name not in self.layers:
-            raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
-        optimizer = next(iter(self._bound.values()))
-        needs = optimizer.needs(name)
-        if output_grads is None and Needs.OUTPUT_GRADS in needs:
-            raise ValueError(f"layer {name!r}: `output_grads` are missing; {self.method.name} with this Fisher type needs them")
-        try:
-            captured = self.layers[name].capture(inputs, output_grads)
-            return optimizer.reduce(state, name, *captured)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"layer {name!r}: {error}") from error
-
-    def step(
-        self,
-        params: Mapping[str, Any],
-        grads: Mapping[str, Any],
-        records: Records | None,
-        state: OptimizerState,
-        *,
-        terms: float | Array | None = None,
-        overrides: Mapping[str, Any] | None = None,
-    ) -> tuple[dict[str, Any], OptimizerState]:
-        """New parameters and new state; the arguments stay as they are.
-
-        Parameters
-        ----------
-        params, grads
-            Nests of dictionaries as given to :meth:`init`.
-        records
-            By layer, the inputs ``[N, ..., in]`` and the gradients of the loss at its output ``[N, ..., out]`` as your backward pass has
-            them (already divided by N where the loss is a mean); a list of such pairs where a layer is used, or a batch cut, more
-            than once. For ``fisher="mc"`` and ``"exact"`` they are instead the vectors of :func:`kfcore.fisher_vectors` pulled back,
-            undivided, one pair a vector. May be ``None`` at steps where :meth:`stats_due` says so.
-        terms
-            Number of terms in the loss, if it is not the number of examples: N T for a mean over T tokens each, N C for a mean
-            squared error over C numbers each.
-        overrides
-            See :meth:`ModelOptimizer.update`.
-        """
-        statistics: Statistics = None
-        if records is not None:
-            flat = {name: _several(record) for name, record in records.items()}
-            missing = [name for name in self.layers if name not in flat]
-            if missing:
-                raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}")
-            if terms is None:
-                terms = self.terms_of({name: sum(part[0].shape[0] for part in parts) for name, parts in flat.items()})
-
-            def reduce(state: OptimizerState) -> dict[str, Any]:
-                total: dict[str, Any] = {}
-                for name, parts in flat.items():
-                    for part in parts:
-                        merge(total, self.reduce(state, name, *part))
-                return total
-
-            statistics = reduce
-
-        return self.step_reduced(params, grads, statistics, state, terms=terms, overrides=overrides)
-
-    def step_reduced(
-        self,
-        params: Mapping[str, Any],
-        grads: Mapping[str, Any],
-        statistics: Statistics,
-        state: OptimizerState,
-        *,
-        terms: float | Array | None,
-        overrides: Mapping[str, Any] | None = None,
-    ) -> tuple[dict[str, Any], OptimizerState]:
-        """:meth:`step` from statistics that :meth:`reduce` made earlier."""
-        flat, flat_grads = flatten(params), flatten(grads)
-        _same_shapes(flat, flat_grads)
-        bound = self.bind(params)
-        updates, state = bound.update(flat, flat_grads, state, statistics, terms=terms, overrides=overrides)
-        new = {name: added(p, updates[name]) if name in updates else p for name, p in flat.items()}
-        return unflatten(new, params), state
-
-    def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
-        """See :meth:`ModelOptimizer.diagnostics`."""
-        return next(iter(self._bound.values())).diagnostics(state)
-
-    def report(self, params: Mapping[str, Any]) -> Report:
-        """Which block every parameter has, why, and what it costs."""
-        itemsize = 8 if any(str(p.dtype).endswith("float64") for p in flatten(params).values()) else 4
-        return self.bind(params).report(itemsize=itemsize)
-
-    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelOptimizer:
-        key = tuple(sorted(shapes.items()))
-        if key not in self._bound:
-            expected = Model(self.layers).shapes()
-            for name, shape in expected.items():
-                if shapes.get(name) != shape:
-                    came = f"shape {shapes[name]}" if name in shapes else "nothing"
-                    raise ValueError(f"`params` must hold {name!r} with shape {shape}, got {came}")
-            others = {name: shape for name, shape in shapes.items() if name not in expected}
-            self._bound[key] = ModelOptimizer(self.method, Model(self.layers, others), self.step_size, **self._options)
-        return self._bound[key]
-
-    def terms_of(self, examples: Mapping[str, int]) -> float:
-        """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""
-        if self.method.fisher == "exact":
-            raise ValueError("`terms` must be given with fisher='exact': the records repeat each example, once a column of its Hessian")
-        if len(set(examples.values())) > 1:
-            raise ValueError(f"`terms` must be given: the records have different numbers of examples, {dict(examples)}")
-        samples = self.method.mc_samples if self.method.fisher == "mc" else 1
-        return float(next(iter(examples.values()))) / samples
-
-
-class Recorder:
-    """A stateful shell around :class:`Optimizer`: record in the backward pass, then step.
-
-    What is recorded is reduced at once; no activation is held.
-
-    Examples
-    --------
-    >>> import numpy as np, kfcore as kf
-    >>> params = {"fc": {"weight": np.ones((2, 3)), "bias": np.zeros(2)}}
-    >>> recorder = kf.Recorder(kf.Optimizer(kf.KFAC(), {"fc": kf.Linear(3, 2)}), params)
-    >>> x, dz = np.ones((4, 3)), np.full((4, 2), 0.25)
-    >>> recorder.record("fc", x, dz)
-    >>> params = recorder.step(params, {"fc": {"weight": dz.T @ x, "bias": dz.sum(axis=0)}})
-
-    """
-
-    def __init__(self, optimizer: Optimizer, params: Mapping[str, Any]) -> None:
-        self.optimizer = optimizer
-        self.state = optimizer.init(params)
-        self._clear()
-
-    def record(self, name: str, inputs: Array, output_grads: Array | None = None) -> None:
-        """Take what layer ``name`` saw: ``inputs [N, ..., in]`` and the gradients at its output ``[N, ..., out]``."""
-        if self.optimizer.stats_due(self.state):
-            merge(self._statistics, self.optimizer.reduce(self.state, name, inputs, output_grads))
-            self._examples[name] = self._examples.get(name, 0) + inputs.shape[0]
-        elif name not in self.optimizer.layers:
-            raise ValueError(f"`name` must be one of {', '.join(self.optimizer.layers)}, got {name!r}")
-
-    def step(self, params: Mapping[str, Any], grads: Mapping[str, Any], *, terms: float | None = None, **overrides: Any) -> dict[str, Any]:
-        """New parameters; ``overrides`` such as ``learning_rate=0.05`` hold for this step."""
-        due = self.optimizer.stats_due(self.state)
-        missing = [name for name in self.optimizer.layers if name not in self._examples]
-        if due and missing:
-            raise ValueError(f"nothing was recorded for {', '.join(missing)}: call `record` for every layer before `step`")
-        if due and terms is None:
-            terms = self.optimizer.terms_of(self._examples)
-        statistics = self._statistics if due else None
-        # the records belong to this step, whether it succeeds or is refused
-        self._clear()
-        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides)
-        return params
-
-    def _clear(self) -> None:
-        self._statistics: dict[str, Any] = {}
-        self._examples: dict[str, int] = {}
-
-
 def _check_terms(terms: Any) -> None:
     if isinstance(terms, (int, float)) and not (math.isfinite(terms) and terms >= 0):
         raise ValueError(f"`terms` must be the number of terms in the loss, got {terms!r}")
@@ -522,24 +268,3 @@ def added(param: Array, update: Array) -> Array:
     """``param + update``, summed in the wider dtype and returned in that of ``param``."""
     xp = namespace(param)
     return cast(xp, cast(xp, param, update.dtype) + update, param.dtype)
-
-
-def _several(record: Any) -> Sequence[Record]:
-    """A record, or a list of them, as a list."""
-    parts = record if isinstance(record, list) else [record]
-    for part in parts:
-        if not (isinstance(part, tuple) and len(part) == 2):
-            came = f"a tuple of {len(part)}" if isinstance(part, tuple) else type(part).__name__
-            raise TypeError(f"`records` must hold (inputs, output_grads) pairs or lists of them, got {came}")
-    return parts
-
-
-def _same_shapes(params: Mapping[str, Array], grads: Mapping[str, Array]) -> None:
-    unknown = [name for name in grads if name not in params]
-    if unknown:
-        raise ValueError(f"`grads` name the unknown parameters {', '.join(unknown)}; known: {', '.join(params)}")
-    for name, grad in grads.items():
-        if tuple(grad.shape) != tuple(params[name].shape):
-            raise ValueError(f"`grads` must have shape {tuple(params[name].shape)} for {name!r}, got {tuple(grad.shape)}")
-        if not is_real_floating(namespace(grad), grad):
-            raise TypeError(f"`grads` must be real floating point, got {grad.dtype} for {name!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ class Capture:
         self._output_grads = output_grads
         self._deferred = deferred
         self._uses: list[tuple[str, Tensor, Any]] = []
-        me = weakref.ref(self)
+        me: weakref.ref[Any] = weakref.ref(self)
         self._handles = [
-            module.register_forward_hook(_Hook(me, weakref.ref(module), layer), with_kwargs=True)
+            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True)
             for layer, modules in sites.items()
             for module in modules
         ]
@@ -85,7 +85,7 @@ class Capture:
 class _Hook:
     """Forward hook that serves one module of one capture; a copied or unpickled module carries an inert one."""
 
-    def __init__(self, capture: weakref.ref[Capture], module: weakref.ref[nn.Module], layer: str) -> None:
+    def __init__(self, capture: weakref.ref[Any], module: weakref.ref[nn.Module], layer: str) -> None:
         self.capture, self.module, self.layer = capture, module, layer
 
     @torch.compiler.disable

@@ -235,8 +235,9 @@ class Engine:
 
     def _scale(self) -> float:
         """Factor in the captured output gradients: only those of the training loss have one."""
-        scaled = self.grad_scaler is not None and self.method.fisher == "empirical" and self._statistics
-        return float(self.grad_scaler.get_scale()) if scaled else 1.0
+        if self.grad_scaler is None or self.method.fisher != "empirical" or not self._statistics:
+            return 1.0
+        return float(self.grad_scaler.get_scale())
 
     def _sum_over_ranks(self, x: Any) -> Any:
         assert self.all_reduce is not None

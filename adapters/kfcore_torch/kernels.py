@@ -72,5 +72,5 @@ def _readable(flag: Tensor) -> bool:
         flag.ndim == 0
         and flag.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )

@@ -250,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
     def _write(self, updates: Mapping[str, Tensor]) -> None:
         same = {name: u for name, u in updates.items() if u.dtype == self.engine.layout.parameters[name].dtype}
         if same:
-            torch._foreach_add_([self.engine.layout.parameters[name] for name in same], list(same.values()))
+            torch._foreach_add_([self.engine.layout.parameters[name] for name in same], list(same.values()))  # pyright: ignore[reportPrivateImportUsage]
         for name, update in updates.items():
             if name not in same:
                 p = self.engine.layout.parameters[name]

@@ -97,9 +97,9 @@ class Diagonal(Method):
         xp = namespace(grad)
         if not is_real_floating(xp, grad):
             raise TypeError(f"`grad` must be real floating point, got {grad.dtype}")
-        grad = cast(xp, grad, state.average.weight.dtype)
-        terms = scalar(xp, terms, grad)
-        return GradientStatistics(terms * grad * grad, cast(xp, terms > 0, grad.dtype))
+        wide: Array = cast(xp, grad, state.average.weight.dtype)
+        count = scalar(xp, terms, wide)
+        return GradientStatistics(count * (wide * wide), cast(xp, count > 0, count.dtype))
 
     def observe(self, state: DiagonalState, statistics: GradientStatistics, decay: float | Array | None = None) -> DiagonalState:
         """Running average of the diagonal."""

@@ -74,7 +74,7 @@ class LossTests:
         rng = np.random.default_rng(21)
         outputs, normal = rng.normal(size=(2, N, T, C))
         hessian = np.broadcast_to(2.0 * np.eye(T * C), (N, T * C, T * C))
-        for dtype in TOLERANCE:
+        for dtype in ("float32",) if self.backend.thrifty else TOLERANCE:
             got = self._vectors(MSE(), outputs, None, normal, dtype)
             self._judge(MSE(), got, np.sqrt(2.0) * normal, hessian, dtype)
             assert got[0] == N * T * C
@@ -85,7 +85,7 @@ class LossTests:
         outputs, uniform = rng.normal(size=(N, T, C)), rng.uniform(size=(N, T, C))
         p = sigmoid(outputs)
         hessian = np.eye(T * C) * (p * (1 - p)).reshape(N, T * C, 1)
-        for dtype in TOLERANCE:
+        for dtype in ("float32",) if self.backend.thrifty else TOLERANCE:
             got = self._vectors(BCEWithLogits(), outputs, None, uniform, dtype)
             self._judge(BCEWithLogits(), got, p - (uniform < p), hessian, dtype)
             assert got[0] == N * T * C

@@ -28,7 +28,7 @@ def factors(inputs: Arr, output_grads: Arr, sharing: str = "expand", joint: bool
 def average(values: list[Arr], decay: float) -> Arr:
     """Exponentially weighted mean, written out: the latest weighs 1, the one before ``decay``, and so on."""
     weights = [decay**i for i in reversed(range(len(values)))]
-    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    return np.einsum("t,t...->...", np.asarray(weights), np.stack(values)) / sum(weights)
 
 
 def norm(x: Arr, kind: str) -> float:
@@ -88,7 +88,7 @@ class Trajectory:
 
     def __init__(self, params: dict[str, Any], **options: Any) -> None:
         self.params = params
-        defaults = {
+        defaults: dict[str, Any] = {
             "learning_rate": 0.1,
             "momentum": 0.9,
             "nesterov": False,
@@ -111,11 +111,11 @@ class Trajectory:
         self.count = 0
         self.seen: dict[str, list[Any]] = {}
         self.used: dict[str, Any] = {}
-        self.buffers: dict[tuple[str, str], Arr] = {}
+        self.buffers: dict[str, Arr] = {}
 
     def step(self, x: Arr, y: Arr) -> None:
         """One step on a batch."""
-        o = {k: v(self.count) if callable(v) else v for k, v in self.options.items()}
+        o: dict[str, Any] = {k: v(self.count) if callable(v) else v for k, v in self.options.items()}
         grads, records = network(self.params, x, y, o["layout"])
         blocks = self._blocks(grads, o)
         if self.count % o["stats_every"] == 0:
@@ -131,7 +131,7 @@ class Trajectory:
                 damping = damping * (values[0].mean() if o["relative"] else 1.0)
                 directions[name] = grad / (average([v[0] for v in self.seen[name]], o["stats_decay"]) + damping)
             else:
-                directions[name] = direction(*values, grad, damping, o["kind"], "mean", o["relative"])
+                directions[name] = direction(values[0], values[1], grad, damping, o["kind"], "mean", o["relative"])
             if o["graft"]:
                 directions[name] *= np.linalg.norm(grad) / np.linalg.norm(directions[name])
         self._move(blocks, directions, o)
