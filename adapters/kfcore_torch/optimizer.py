@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kfcore import CheckpointError, Loss, Method, Report, StepSize
+from kfcore import CheckpointError, Loss, Method, StepSize
 from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
 from kfcore_torch.engine import Engine
 from kfcore_torch.layout import Sharing
+from kfcore_torch.shell import Shell
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Shell, torch.optim.Optimizer):
     """Curvature-preconditioned gradient descent with momentum, for any ``nn.Module``.
 
     Use it like ``torch.optim.SGD``: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. Parameters of no supported layer get
@@ -115,12 +115,6 @@ class Optimizer(torch.optim.Optimizer):
             strict=strict,
         )
 
-    @property
-    def engine(self) -> Engine:
-        """Layout, capture and state of the curvature."""
-        assert self._engine is not None
-        return self._engine
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, terms: float | Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run ``closure`` if given, take its gradients, and update the parameters.
@@ -149,23 +143,6 @@ class Optimizer(torch.optim.Optimizer):
             engine.plan(self._trained())
         return loss
 
-    def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
-        """Take the statistics of ``fisher="mc"`` or ``"exact"``: call it between the forward pass and ``loss.backward()``.
-
-        It runs one backward pass for each draw (mc) or column of the output Hessian (exact), touches no ``.grad`` and keeps the
-        graph. At steps where no statistics are due it returns at once.
-
-        Parameters
-        ----------
-        outputs
-            What the model returned, as the loss gets it.
-        targets
-            Needed only where the loss ignores some of them.
-        generator
-            Source of the drawn labels.
-        """
-        self.engine.backward_fisher(outputs, targets, generator)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in every optimizer; what the backward pass captured of gradients that are thrown away is thrown away too.
 
@@ -191,15 +168,6 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def report(self) -> Report:
-        """For every parameter: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
-        itemsize = 8 if any(p.dtype == torch.float64 for p in self._trained()) else 4
-        return self.engine.core.report(self.engine.layout.reasons, itemsize)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Counters: see :meth:`kfcore.ModelOptimizer.diagnostics`."""
-        return self.engine.core.diagnostics(self.engine.state)
-
     def state_dict(self) -> dict[str, Any]:
         """Groups as in every optimizer; curvature and momentum under ``"kfcore"``, in float32 or wider whatever the model's dtype."""
         return super().state_dict() | {"kfcore": self.engine.state_dict()}
@@ -218,19 +186,6 @@ class Optimizer(torch.optim.Optimizer):
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the parameter groups of `state_dict` do not fit: {error}") from error
         self.engine.restore(*restored)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write curvature and momentum to a file that every framework reads: see :func:`kfcore.save`."""
-        self.engine.save(path)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read such a file; groups stay as they are."""
-        self.engine.load(path)
-
-    def remove_hooks(self) -> None:
-        """Take the hooks off the model; the optimizer cannot step afterwards."""
-        assert self.engine.capture is not None
-        self.engine.capture.remove()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
         """An independent optimizer of a copy of the model (of the copy in ``memo``, if the model was copied before)."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kfcore import Loss, Method, Report, StepSize
+from kfcore import Loss, Method, StepSize
 from kfcore.stepsize import clip_scale
 from kfcore_torch.engine import Engine
 from kfcore_torch.layout import Sharing
+from kfcore_torch.shell import Shell
 
 
-class Preconditioner:
+class Preconditioner(Shell):
     """Replaces the gradients of a model by their directions: ``loss.backward(); preconditioner.step(); optimizer.step()``.
 
     Momentum, weight decay and learning rate are the other optimizer's. A gradient whose direction is not finite becomes zero.
@@ -49,7 +49,7 @@ class Preconditioner:
         strict: bool = False,
     ) -> None:
         self._clip = clip
-        self.engine = Engine(
+        self._engine = Engine(
             model,
             method,
             StepSize(momentum=0.0, graft=graft, clip=clip),
@@ -81,19 +81,6 @@ class Preconditioner:
             assert grad is not None
             grad.copy_(torch.where(ok, direction, torch.zeros_like(direction)))
 
-    def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
-        """See :meth:`kfcore_torch.Optimizer.backward_fisher`."""
-        self.engine.backward_fisher(outputs, targets, generator)
-
-    def report(self) -> Report:
-        """See :meth:`kfcore_torch.Optimizer.report`."""
-        wide = any(p.dtype == torch.float64 for p in self.engine.layout.parameters.values())
-        return self.engine.core.report(self.engine.layout.reasons, 8 if wide else 4)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """See :meth:`kfcore.ModelOptimizer.diagnostics`."""
-        return self.engine.core.diagnostics(self.engine.state)
-
     def state_dict(self) -> dict[str, Any]:
         """Curvature, loadable with ``weights_only=True``."""
         return self.engine.state_dict()
@@ -101,16 +88,3 @@ class Preconditioner:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on exactly from ``state_dict``; one of another model or method is refused and changes nothing."""
         self.engine.restore(*self.engine.restored(state_dict))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the curvature to a file that every framework reads."""
-        self.engine.save(path)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read such a file."""
-        self.engine.load(path)
-
-    def remove_hooks(self) -> None:
-        """Take the hooks off the model."""
-        assert self.engine.capture is not None
-        self.engine.capture.remove()

@@ -1,0 +1,64 @@
+"""What the optimizer and the preconditioner offer alike, on top of their engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfcore import Report
+from kfcore_torch.engine import Engine
+
+
+class Shell:
+    """Reports, files and the extra pass of some Fisher types."""
+
+    _engine: Engine | None
+
+    @property
+    def engine(self) -> Engine:
+        """Layout, capture and state of the curvature."""
+        assert self._engine is not None
+        return self._engine
+
+    def backward_fisher(self, outputs: Tensor, targets: Tensor | None = None, *, generator: torch.Generator | None = None) -> None:
+        """Take the statistics of ``fisher="mc"`` or ``"exact"``: call it between the forward pass and ``loss.backward()``.
+
+        It runs one backward pass for each draw (mc) or column of the output Hessian (exact), touches no ``.grad`` and keeps the
+        graph. At steps where no statistics are due it returns at once.
+
+        Parameters
+        ----------
+        outputs
+            What the model returned, as the loss gets it.
+        targets
+            Needed only where the loss ignores some of them.
+        generator
+            Source of the drawn labels.
+        """
+        self.engine.backward_fisher(outputs, targets, generator)
+
+    def report(self) -> Report:
+        """For every parameter: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
+        layout = self.engine.layout
+        wide = any(p.dtype == torch.float64 for p in layout.parameters.values())
+        return self.engine.core.report(layout.reasons, 8 if wide else 4)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Counters: see :meth:`kfcore.ModelOptimizer.diagnostics`."""
+        return self.engine.core.diagnostics(self.engine.state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write curvature and momentum to a file that every framework reads: see :func:`kfcore.save`."""
+        self.engine.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read such a file; learning rates and the like stay as they are."""
+        self.engine.load(path)
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model; no further step can be taken."""
+        assert self.engine.capture is not None
+        self.engine.capture.remove()
