@@ -68,10 +68,3 @@ def bench(session: nox.Session) -> None:
     """Benchmarks: side by side in one run, one thread, ratios and spread; `-- --quick` for a short one."""
     session.install(*CONSTRAINTS, "-e", ".[torch]", *group("bench"))
     session.run("python", "tests/benchmarks/step_cost.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
-
-
-@nox.session
-def docs(session: nox.Session) -> None:
-    """Build the pages; warnings are errors."""
-    session.install(*CONSTRAINTS, "-e", ".[torch]", *group("docs"))
-    session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build")

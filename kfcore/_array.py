@@ -11,6 +11,7 @@ The functions of the core find ``xp`` once per public call and pass it down as t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -194,6 +195,11 @@ def truth(xp: Namespace, flag: bool | Array) -> bool | Array:
 def number(xp: Namespace, value: Array) -> float | Array:
     """``value`` as a float under the conditions of :func:`truth`, so that arithmetic with it is the host's; else itself."""
     return value
+
+
+def finite(xp: Namespace, value: float | Array) -> bool | Array:
+    """Whether a number that may be the host's is finite."""
+    return math.isfinite(value) if isinstance(value, float) else xp.isfinite(value)
 
 
 def _numpy_number(xp: Namespace, value: Array) -> float | Array:

@@ -6,7 +6,7 @@ import functools
 import operator
 from typing import Any, NamedTuple, TypeAlias
 
-from kfcore._array import Array, Namespace, device, number, scalar, truth
+from kfcore._array import Array, Namespace, device, finite, number, scalar, truth
 from kfcore.linalg import blend
 
 Number: TypeAlias = Any
@@ -100,15 +100,19 @@ def observe(
             shares, some = _reciprocal(xp, count, value)
             parts.append((value, total, shares))
             positive = positive & some
-    ok = xp.isfinite(functools.reduce(operator.add, [xp.linalg.trace(total) * shares for _, total, shares in parts]))
-    ok = truth(xp, ok if positive is True else ok & positive)
+    # where the host can read single numbers (see `number`) all that follows but the blending is its arithmetic
+    spread = functools.reduce(operator.add, [number(xp, xp.linalg.trace(total)) * shares for _, total, shares in parts])
+    ok = finite(xp, spread)
+    ok = truth(xp, ok if positive is True else positive & ok)
     if ok is False:
         return average, ok
-    grown = average.weight * decay + 1.0
-    step = number(xp, 1.0 / grown) if ok is True else 1.0 / grown
+    weight = number(xp, average.weight) if ok is True else average.weight
+    grown = weight * decay + 1.0
+    step = 1.0 / grown
     keep = 1.0 - step
     new = iter([blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
     values = tuple(None if v is None else next(new) for v in average.values)
+    grown = scalar(xp, grown, average.weight)
     return RunningAverage(grown if ok is True else xp.where(ok, grown, average.weight), values), ok
 
 

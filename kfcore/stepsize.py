@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, host, namespace, scalar, truth
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, number, scalar, truth
 from kfcore.damping import check_positive
 from kfcore.linalg import blend
 
@@ -206,21 +205,21 @@ def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) 
     """Whether all directions and hyper-parameters are finite, 0-d."""
     total = None
     for d in directions.values():
-        part = xp.sum(d)  # NaN or infinite if an entry is, and so is the sum of sums
-        total = part if total is None else total + cast(xp, part, total.dtype)
+        part = number(xp, xp.sum(d))  # NaN or infinite if an entry is, and so is the sum of sums
+        if total is None or isinstance(part, float):
+            total = part if total is None else total + part
+        else:
+            total = total + cast(xp, part, total.dtype)
     assert total is not None
-    ok = xp.isfinite(total)
-    for number in numbers:
-        if not isinstance(number, (int, float)):
-            ok = ok & xp.isfinite(scalar(xp, number, total))
-        elif not math.isfinite(number):
-            ok = ok & xp.zeros_like(ok)
+    ok = finite(xp, total)
+    for value in numbers:
+        ok = ok & (finite(xp, float(value)) if isinstance(value, (int, float)) else xp.isfinite(value))
     return ok
 
 
 def _numbers(values: Mapping[str, Values]) -> list[Any]:
     """The hyper-parameters of a step, each once, without those that are ``None`` or a clip (which may be infinite)."""
-    numbers = []
+    numbers: list[Any] = []
     for name, value in values.items():
         if name != "clip":
             numbers += list(value.values()) if isinstance(value, Mapping) else [value]

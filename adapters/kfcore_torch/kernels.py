@@ -28,6 +28,8 @@ def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | 
     if isinstance(ok, bool):
         if not ok:
             return old
+        if isinstance(keep, float) and isinstance(weight, float) and weight == 1.0:
+            return torch.add(new, old, alpha=keep)
         return torch.add(old * keep, new, alpha=weight) if isinstance(weight, float) else torch.addcmul(old * keep, new, weight)
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
