@@ -201,9 +201,9 @@ def _norm(xp: Namespace, x: Array) -> Array:
     return unit * xp.sqrt(xp.sum((x / unit) ** 2))
 
 
-def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) -> Array:
+def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) -> bool | Array:
     """Whether all directions and hyper-parameters are finite, 0-d."""
-    total = None
+    total: Any = None
     for d in directions.values():
         part = number(xp, xp.sum(d))  # NaN or infinite if an entry is, and so is the sum of sums
         if total is None or isinstance(part, float):
