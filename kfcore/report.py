@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order of the parameters; prints as a table."""
+    """One row a parameter; prints as a table."""
 
     rows: tuple[Row, ...]
 
@@ -48,8 +48,13 @@ class Report:
         return sum(row.bytes for row in self.rows)
 
     def fallbacks(self) -> list[Row]:
-        """Rows of parameters that no layer covers."""
-        return [row for row in self.rows if not row.factors]
+        """Rows of trained parameters that no layer covers."""
+        return [row for row in self.rows if not row.factors and row.kind != "none"]
+
+    def over(self, shapes: Mapping[str, tuple[int, ...]], reason: str) -> Report:
+        """The report of a model with the parameters of ``shapes``, in that order; those of no block are there for ``reason``."""
+        rows = {row.parameter: row for row in self.rows}
+        return Report(tuple(rows.get(p) or Row(p, shape, "-", "none", (), reason, 0, 0.0, 0.0) for p, shape in shapes.items()))
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "block", "kind", "factors", "bytes", "refresh flops", "step flops", "why")

@@ -142,8 +142,21 @@ def apply(
         if step.decay == "decoupled" and _nonzero(wd):
             d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
         updates[name] = guard(lr, 0.0, d, sign=-1.0) * d
-    skipped = state.skipped if ok is True else state.skipped + 1
-    return updates, StepState(momentum, skipped if isinstance(ok, bool) else xp.where(ok, state.skipped, skipped))
+    return updates, StepState(momentum, _counted(xp, state.skipped, ok))
+
+
+def guarded(directions: Mapping[str, Array], state: StepState) -> tuple[dict[str, Array], StepState]:
+    """``directions``, or zeros and a step counted as skipped where one of them is not finite: for those who make their own step."""
+    xp = namespace(next(iter(directions.values())))
+    ok = truth(xp, _finite(xp, directions, []))
+    guard = _Guard(xp, ok)
+    return {name: guard.whole(d) for name, d in directions.items()}, state._replace(skipped=_counted(xp, state.skipped, ok))
+
+
+def _counted(xp: Namespace, skipped: Array, ok: bool | Array) -> Array:
+    if isinstance(ok, bool):
+        return skipped if ok else skipped + 1
+    return xp.where(ok, skipped, skipped + 1)
 
 
 class _Guard:

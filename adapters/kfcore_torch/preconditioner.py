@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfcore import Loss, Method, StepSize
-from kfcore.stepsize import clip_scale
+from kfcore.stepsize import clip_scale, guarded
 from kfcore_torch.engine import Engine
 from kfcore_torch.layout import Sharing
 from kfcore_torch.shell import Shell
@@ -18,7 +18,8 @@ from kfcore_torch.shell import Shell
 class Preconditioner(Shell):
     """Replaces the gradients of a model by their directions: ``loss.backward(); preconditioner.step(); optimizer.step()``.
 
-    Momentum, weight decay and learning rate are the other optimizer's. A gradient whose direction is not finite becomes zero.
+    Momentum, weight decay and learning rate are the other optimizer's. Where a direction is not finite all
+    gradients become zero, and :meth:`diagnostics` counts a skipped step.
 
     Parameters
     ----------
@@ -75,11 +76,12 @@ class Preconditioner(Shell):
         if self._clip is not None:
             scale = clip_scale(self._clip, lr, grads, directions)
             directions = {name: d * scale for name, d in directions.items()}
-        ok = torch.stack([torch.isfinite(d.sum()) for d in directions.values()]).all()
+        directions, step = guarded(directions, self.engine.state.step)
+        self.engine.state = self.engine.state._replace(step=step)
         for name, direction in directions.items():
             grad = self.engine.layout.parameters[name].grad
             assert grad is not None
-            grad.copy_(torch.where(ok, direction, torch.zeros_like(direction)))
+            grad.copy_(direction)
 
     def state_dict(self) -> dict[str, Any]:
         """Curvature, loadable with ``weights_only=True``."""

@@ -41,10 +41,12 @@ class Shell:
         self.engine.backward_fisher(outputs, targets, generator)
 
     def report(self) -> Report:
-        """For every parameter: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
+        """For every parameter of the model: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
         layout = self.engine.layout
         wide = any(p.dtype == torch.float64 for p in layout.parameters.values())
-        return self.engine.core.report(layout.reasons, 8 if wide else 4)
+        found = self.engine.core.report(layout.reasons, 8 if wide else 4)
+        shapes = {name: tuple(p.shape) for name, p in self.engine.module.named_parameters()}
+        return found.over(shapes, "not trained: frozen, or in no parameter group")
 
     def diagnostics(self) -> dict[str, Any]:
         """Counters: see :meth:`kfcore.ModelOptimizer.diagnostics`."""

@@ -111,3 +111,14 @@ def test_a_model_without_layers_trains_by_the_fallback():
     model(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
     assert not torch.equal(before, model[0].weight)
+
+
+def test_a_frozen_parameter_is_in_the_report_and_has_no_block():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    report = Optimizer(model, kf.KFAC()).report()
+    assert [row.parameter for row in report] == [name for name, _ in model.named_parameters()]
+    assert report["0.weight"].kind == "none"
+    assert "frozen" in report["0.weight"].reason
+    assert report["1.weight"].kind == "kfac"
+    assert report.fallbacks() == []

@@ -101,3 +101,15 @@ def test_a_direction_that_is_not_finite_becomes_zero(lib):
     model[2].weight.grad[0, 0] = float("nan")
     preconditioner.step()
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_a_step_that_is_not_finite_leaves_zero_gradients_and_is_counted():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    preconditioner = Preconditioner(model, kf.KFAC(damping=0.1))
+    for x in (torch.ones(4, 3), torch.full((4, 3), torch.nan)):
+        model.zero_grad()
+        (model(x) ** 2).mean().backward()
+        preconditioner.step()
+    assert all(not p.grad.any() for p in model.parameters())
+    assert preconditioner.diagnostics()["skipped_steps"] == 1
