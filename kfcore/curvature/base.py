@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import enum
 import numbers
 from dataclasses import dataclass, fields
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(abc.ABC):
     """Hyper-parameters and verbs that all approximations share. Subclasses implement the verbs, in this order.
 
     Parameters
@@ -97,14 +98,15 @@ class Method:
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def requires(self, layer: Layer) -> Needs:
         """What must be captured of ``layer``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> Any:
         """State of a block that has seen nothing; ``like`` gives library, device and dtype, ``leading`` stacks equal layers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reduce(
         self,
         layer: Layer,
@@ -120,27 +122,26 @@ class Method:
         ``inputs [..., N, S, in]`` and ``output_grads [..., N, S, out]`` are captured arrays; ``grad`` is the gradient of the mean loss and
         ``terms`` the number of terms in that mean.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def observe(self, state: Any, statistics: Any, decay: float | Array | None = None) -> Any:
         """Take statistics into the running averages; those that are not finite are dropped and counted."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def refresh(self, layer: Layer, state: Any, damping: float | Array | None = None) -> Any:
         """Recompute what :meth:`precondition` applies. The only expensive verb."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def precondition(self, layer: Layer, state: Any, grad: Array) -> Array:
         """Direction of ``grad [..., out, in]``, of the same shape; the gradient itself before the first refresh."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dense(self, layer: Layer, state: Any) -> Array:
         """The undamped matrix ``[..., out in, out in]`` this block stands for, in row-major order. For tests and analysis."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
         """Memory and operations of a block with factors of ``itemsize`` bytes a number."""
-        raise NotImplementedError
 
     # -- for subclasses ------------------------------------------------------------------------------------------------
 
