@@ -102,7 +102,7 @@ class Optimizer:
 
     def stats_due(self, state: OptimizerState) -> Any:
         """Whether the coming step wants records."""
-        return next(iter(self._bound.values())).stats_due(state)
+        return self._latest.stats_due(state)
 
     def reduce(self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None) -> dict[str, Any]:
         """Statistics of one record; those of several micro-batches or uses of a layer merge by ``+``.
@@ -114,7 +114,7 @@ class Optimizer:
         """
         if name not in self.layers:
             raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
-        optimizer = next(iter(self._bound.values()))
+        optimizer = self._latest
         needs = optimizer.needs(name)
         if output_grads is None and Needs.OUTPUT_GRADS in needs:
             raise ValueError(f"layer {name!r}: `output_grads` are missing; {self.method.name} with this Fisher type needs them")
@@ -191,7 +191,7 @@ class Optimizer:
 
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
         """See :meth:`ModelOptimizer.diagnostics`."""
-        return next(iter(self._bound.values())).diagnostics(state)
+        return self._latest.diagnostics(state)
 
     def report(self, params: Mapping[str, Any]) -> Report:
         """Which block every parameter has, why, and what it costs."""
@@ -208,7 +208,8 @@ class Optimizer:
                     raise ValueError(f"`params` must hold {name!r} with shape {shape}, got {came}")
             others = {name: shape for name, shape in shapes.items() if name not in expected}
             self._bound[key] = ModelOptimizer(self.method, Model(self.layers, others), self.step_size, **self._options)
-        return self._bound[key]
+        self._latest = self._bound[key]
+        return self._latest
 
     def terms_of(self, examples: Mapping[str, int]) -> float:
         """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""
@@ -254,6 +255,7 @@ class Recorder:
         due = self.optimizer.stats_due(self.state)
         missing = [name for name in self.optimizer.layers if name not in self._examples]
         if due and missing:
+            self._clear()
             raise ValueError(f"nothing was recorded for {', '.join(missing)}: call `record` for every layer before `step`")
         if due and terms is None:
             terms = self.optimizer.terms_of(self._examples)

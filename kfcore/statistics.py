@@ -46,7 +46,7 @@ class KroneckerStatistics(NamedTuple):
 
     def weighing(self, count: Number) -> KroneckerStatistics:
         """The same mean ``G`` written as a sum over ``count``, so that parts of one batch from several ranks can be added."""
-        if self.output_sum is None:
+        if self.output_sum is None or (isinstance(self.output_count, (int, float)) and self.output_count == 0):
             return self._replace(output_count=count)
         return self._replace(output_sum=self.output_sum * (count / self.output_count), output_count=count)
 

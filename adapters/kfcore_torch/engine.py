@@ -89,7 +89,6 @@ class Engine:
         )
         # a summed loss is divided by its terms at every step, whether statistics are due or not
         self.capture.counting = self.core.loss_reduction == "sum" and self.method.fisher == "empirical"
-        self._output_layer: str | None = None
         self.moved()
 
     def _laid_out(self, trained: Sequence[Tensor], excluded: Mapping[str, str]) -> tuple[Layout, ModelOptimizer]:
@@ -100,6 +99,8 @@ class Engine:
         """Forget what was captured since the last step."""
         self._statistics: dict[str, Any] = {}
         self._terms: float | Tensor = 0.0
+        self._output_layer: str | None = None
+        self._called: dict[str, int] = {}
         assert self.capture is not None
         self.capture.take()
 
@@ -123,7 +124,9 @@ class Engine:
             if name == self._output_layer:
                 self._terms += math.prod(grads.shape if getattr(self.loss, "per_entry", False) else grads.shape[:-1])
         elif self.method.fisher == "forward":
-            self._output_layer = name
+            # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
+            self._called[name] = self._called.get(name, 0) + math.prod(inputs.shape[:-1])
+            self._terms = float(self._called[name])
 
     def backward_fisher(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> None:
         """See :meth:`kfcore_torch.Optimizer.backward_fisher`."""

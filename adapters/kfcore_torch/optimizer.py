@@ -157,6 +157,9 @@ class Optimizer(Shell, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            unknown = sorted(set(group) - {"params", "param_names", "lr", "weight_decay", "damping", "initial_lr", "max_lr", "min_lr"})
+            if unknown:
+                raise ValueError(f"`params` has a group with {unknown[0]!r}; a group may set lr, weight_decay and damping")
             for name in ("lr", "weight_decay"):
                 if not isinstance(group[name], Tensor):
                     check_positive(name, group[name], zero=True)
