@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -214,7 +215,7 @@ def _norm(xp: Namespace, x: Array) -> Array:
     return unit * xp.sqrt(xp.sum((x / unit) ** 2))
 
 
-def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) -> bool | Array:
+def _finite(xp: Namespace, directions: Mapping[str, Array], values: list[Any]) -> bool | Array:
     """Whether all directions and hyper-parameters are finite, 0-d."""
     total: Any = None
     for d in directions.values():
@@ -225,22 +226,23 @@ def _finite(xp: Namespace, directions: Mapping[str, Array], numbers: list[Any]) 
             total = total + cast(xp, part, total.dtype)
     assert total is not None
     ok = finite(xp, total)
-    for value in numbers:
-        ok = ok & (finite(xp, float(value)) if isinstance(value, (int, float)) else xp.isfinite(value))
+    for value in values:
+        ok = ok & (finite(xp, float(value)) if isinstance(value, numbers.Real) else xp.isfinite(value))
     return ok
 
 
 def _numbers(values: Mapping[str, Values]) -> list[Any]:
     """The hyper-parameters of a step, each once, without those that are ``None`` or a clip (which may be infinite)."""
-    numbers: list[Any] = []
+    found: list[Any] = []
     for name, value in values.items():
         if name != "clip":
-            numbers += list(value.values()) if isinstance(value, Mapping) else [value]
-    return list({id(number): number for number in numbers}.values())
+            found += list(value.values()) if isinstance(value, Mapping) else [value]
+    return list({id(value): value for value in found}.values())
 
 
 def _value(values: Values, name: str) -> Any:
-    return values[name] if isinstance(values, Mapping) else values
+    value = values[name] if isinstance(values, Mapping) else values
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _number(xp: Namespace, value: Any, like: Array) -> Any:

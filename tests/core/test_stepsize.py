@@ -161,3 +161,11 @@ def test_parameters_keep_their_dtype_and_buffers_are_at_least_single(rng, model,
         after, state = optimizer.step(params, grads, records, optimizer.init(params))
         assert {leaf.dtype for leaf in model.flat(after)} == {np.dtype(low)}
         assert {b.dtype for b in state.step.momentum.values()} == {np.dtype(np.float32 if low != np.float64 else low)}
+
+
+def test_a_rate_may_be_a_number_of_numpy(rng):
+    params = {"p": rng.normal(size=3)}
+    step = kf.StepSize(momentum=0.0)
+    state = kf.stepsize.init(step, params)
+    updates, _ = kf.stepsize.apply(step, params, params, params, state, 0, {"learning_rate": np.float32(0.5)})
+    assert np.allclose(updates["p"], -0.5 * params["p"])

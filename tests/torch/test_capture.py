@@ -192,3 +192,38 @@ def test_a_frozen_bias_leaves_a_layer_of_the_weight_alone(lib):
     assert torch.equal(net.b.bias, bias)
     assert lib.factors(optimizer, "b")[0].shape == (6, 6)
     assert "bias is not trained" in optimizer.report()["b.weight"].reason
+
+
+def test_a_layer_that_two_heads_share_is_scaled_alike_whichever_head_is_used():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+
+    def trace_after(heads):
+        torch.manual_seed(1)
+        model = torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in "tab"})
+        optimizer = Optimizer(model, kf.KFAC(stats_decay=1e-9), lr=0.0)
+        for head in heads:
+            optimizer.zero_grad()
+            (model[head](torch.tanh(model["t"](x))) ** 2).sum(dim=1).mean().backward()
+            optimizer.step()
+        return float(optimizer.engine.state.curvature.blocks["t"].average.values[1].trace())
+
+    assert trace_after("ab") == pytest.approx(trace_after("b"), rel=1e-5)
+
+
+def test_the_fallback_is_scaled_by_the_examples_under_the_forward_only_fisher():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale = torch.nn.Linear(3, 2), torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.fc(x) * self.scale
+
+    torch.manual_seed(0)
+    model = Scaled()
+    optimizer = Optimizer(model, kf.KFAC(fisher="forward"), lr=0.0)
+    (model(torch.randn(16, 3)) ** 2).mean().backward()
+    grad = model.scale.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.engine.state.curvature.blocks["scale"].average.values[0], 16 * grad**2)

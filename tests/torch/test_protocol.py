@@ -213,3 +213,9 @@ def test_a_summed_loss_steps_where_no_statistics_are_due(fisher):
         nn.functional.mse_loss(outputs, y, reduction="sum").backward()
         optimizer.step()
     assert float(optimizer.engine.state.curvature.blocks[""].average.weight) == pytest.approx(1.95)
+
+
+def test_a_group_with_a_setting_that_groups_do_not_have_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"`params`.*'momentum'"):
+        Optimizer(model, kf.KFAC(), params=[{"params": model.parameters(), "momentum": 0.0}])
