@@ -1,7 +1,8 @@
 """Seeing a layer's inputs and output gradients: one forward hook, and a tensor hook on the output where gradients are wanted.
 
 A hook on the output tensor, unlike a full backward hook, survives in-place activations, sees every call of a reused module, and
-fires exactly once for an output that takes part in the backward pass; nothing is stored for one that does not.
+fires exactly once for an output in each backward pass it takes part in; nothing is stored for one that takes part in none. Passes of the
+user's own through the layers (``torch.autograd.grad`` for an input gradient, say) are seen too: make them with ``wanted`` off.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Preconditioner(Shell):
 
     @torch.no_grad()
     def step(self, *, lr: float | None = None, terms: float | Tensor | None = None) -> None:
-        """Rewrite ``.grad`` of every parameter that has one."""
+        """Rewrite ``.grad`` of every parameter that has one; those that were frozen at set-up join from the step after this one."""
         if self._clip is not None and lr is None:
             raise ValueError("`lr` must be given to `step`: the clip bounds learning rate times direction")
         grads, directions = self.engine.directions({}, terms)
@@ -82,6 +82,9 @@ class Preconditioner(Shell):
             grad = self.engine.layout.parameters[name].grad
             assert grad is not None
             grad.copy_(direction)
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        if len(trained) > len(self.engine.layout.parameters):  # some were frozen and are no more
+            self.engine.plan(trained)
 
     def state_dict(self) -> dict[str, Any]:
         """Curvature, loadable with ``weights_only=True``."""

@@ -113,3 +113,17 @@ def test_a_step_that_is_not_finite_leaves_zero_gradients_and_is_counted():
         preconditioner.step()
     assert all(not p.grad.any() for p in model.parameters())
     assert preconditioner.diagnostics()["skipped_steps"] == 1
+
+
+def test_a_parameter_that_is_frozen_no_more_joins():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    preconditioner = Preconditioner(model, kf.KFAC(damping=0.1, refresh_every=1))
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        model.zero_grad()
+        (model(torch.ones(4, 3)) ** 2).mean().backward()
+        raw = model[0].weight.grad.clone()
+        preconditioner.step()
+    assert not torch.allclose(model[0].weight.grad, raw)
