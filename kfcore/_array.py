@@ -43,17 +43,17 @@ def namespace(*arrays: Array) -> Namespace:
         If nothing in ``arrays`` is an array of a known library, or if libraries are mixed.
     """
     kinds = tuple(map(type, arrays))
-    known = _namespaces.get(kinds)
-    if known is not None:
-        return known
+    found = _namespaces.get(kinds)
+    if found is not None:
+        return found
     try:
         xp = array_api_compat.array_namespace(*arrays)
         # NumPy arrays of one of JAX's own dtypes count as JAX: that is true of them, not of their type
         return xp if numpy.ndarray in kinds and library(xp) != "numpy" else _namespaces.setdefault(kinds, xp)
     except TypeError as error:
-        kinds = sorted({f"{type(a).__module__}.{type(a).__name__}" for a in arrays})
+        names = sorted({f"{kind.__module__}.{kind.__name__}" for kind in kinds})
         raise TypeError(
-            f"`arrays` must all belong to one array-API library, got {', '.join(kinds) or 'nothing'}; "
+            f"`arrays` must all belong to one array-API library, got {', '.join(names) or 'nothing'}; "
             "convert them (for example with numpy.asarray) before the call"
         ) from error
 

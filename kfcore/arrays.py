@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kfcore._array import Array, Schedule, is_real_floating, namespace
 from kfcore.curvature.base import Method, Needs
+from kfcore.layers import check_layers
 from kfcore.model import Model, flatten, unflatten
 from kfcore.optimizer import ModelOptimizer, OptimizerState, Reduction, Statistics, added, merge
 from kfcore.report import Report
@@ -75,10 +76,8 @@ class Optimizer:
         self.loss_reduction: Reduction = loss_reduction
         self._options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
         self._bound: dict[Any, ModelOptimizer] = {}
-        for name, layer in self.layers.items():
-            if isinstance(layer, type) or not hasattr(layer, "parameters"):
-                raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
-        self._bind({f"{name}.{role}": shape for name, layer in self.layers.items() for role, shape in layer.parameters.items()})
+        check_layers(self.layers)
+        self._alone = self._bind(Model(self.layers).shapes())
 
     def bind(self, params: Mapping[str, Any]) -> ModelOptimizer:
         """The optimizer of the model with these parameters; those of no layer get the fallback."""
@@ -102,7 +101,7 @@ class Optimizer:
 
     def stats_due(self, state: OptimizerState) -> Any:
         """Whether the coming step wants records."""
-        return self._latest.stats_due(state)
+        return self._of(state).stats_due(state)
 
     def reduce(self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None) -> dict[str, Any]:
         """Statistics of one record; those of several micro-batches or uses of a layer merge by ``+``.
@@ -114,7 +113,7 @@ class Optimizer:
         """
         if name not in self.layers:
             raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
-        optimizer = self._latest
+        optimizer = self._of(state)
         needs = optimizer.needs(name)
         if output_grads is None and Needs.OUTPUT_GRADS in needs:
             raise ValueError(f"layer {name!r}: `output_grads` are missing; {self.method.name} with this Fisher type needs them")
@@ -191,7 +190,7 @@ class Optimizer:
 
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
         """See :meth:`ModelOptimizer.diagnostics`."""
-        return self._latest.diagnostics(state)
+        return self._of(state).diagnostics(state)
 
     def report(self, params: Mapping[str, Any]) -> Report:
         """Which block every parameter has, why, and what it costs."""
@@ -208,8 +207,13 @@ class Optimizer:
                     raise ValueError(f"`params` must hold {name!r} with shape {shape}, got {came}")
             others = {name: shape for name, shape in shapes.items() if name not in expected}
             self._bound[key] = ModelOptimizer(self.method, Model(self.layers, others), self.step_size, **self._options)
-        self._latest = self._bound[key]
-        return self._latest
+        return self._bound[key]
+
+    def _of(self, state: OptimizerState) -> ModelOptimizer:
+        """The optimizer that made ``state``, known by its blocks; that of the layers alone if none here did."""
+        blocks = state.curvature.blocks.keys()
+        made = (bound for bound in self._bound.values() if bound.preconditioner.blocks.keys() == blocks)
+        return next(made, self._alone)
 
     def terms_of(self, examples: Mapping[str, int]) -> float:
         """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""

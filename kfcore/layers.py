@@ -175,6 +175,13 @@ class Bias:
         return xp.sum(cast(xp, output_grads, dtype), axis=-2)
 
 
+def check_layers(layers: Mapping[str, object]) -> None:
+    """Raise unless all of ``layers`` are descriptions of whole layers, with blocks."""
+    for name, layer in layers.items():
+        if isinstance(layer, type) or not hasattr(layer, "blocks"):
+            raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
+
+
 def _positions(xp: Namespace, name: str, x: Array, features: int) -> Array:
     """``x [N, ..., features]`` as ``[N, S, features]``."""
     if x.ndim < 2 or x.shape[-1] != features:

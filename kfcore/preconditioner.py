@@ -13,7 +13,7 @@ from kfcore._array import Array, cond, counter, device, host, known, namespace, 
 from kfcore.curvature.base import Method
 from kfcore.curvature.diagonal import Diagonal, Tensor
 from kfcore.damping import check_positive
-from kfcore.layers import Layer
+from kfcore.layers import Layer, check_layers
 
 Values = Mapping[str, Any] | float | None
 """One number for all blocks, one a block by name, or ``None`` for what the method says."""
@@ -178,10 +178,9 @@ def blocks_of(
 
     A layer with a separate bias gives the two blocks ``NAME.weight`` and ``NAME.bias``.
     """
+    check_layers(layers)
     blocks = {}
     for name, layer in layers.items():
-        if isinstance(layer, type) or not hasattr(layer, "blocks"):
-            raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
         for suffix, part in layer.blocks().items():
             blocks[name + suffix] = Block(name + suffix, part, method)
     fallback = default_fallback(method) if fallback is None else fallback

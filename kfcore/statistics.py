@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from kfcore._array import Array, Namespace, device, finite, number, scalar, truth
@@ -86,14 +87,21 @@ def unseen(xp: Namespace, like: Array, shapes: tuple[tuple[int, ...] | None, ...
 
 
 def observe(
-    xp: Namespace, average: RunningAverage, totals: tuple[Array | None, ...], counts: tuple[Number, ...], decay: float | Array
+    xp: Namespace,
+    average: RunningAverage,
+    totals: tuple[Array | None, ...],
+    counts: tuple[Number, ...],
+    decay: float | Array,
+    size: Callable[[Array], Array] | None = None,
 ) -> tuple[RunningAverage, bool | Array]:
     """``average`` with the means ``totals / counts`` observed, and whether they were: ``[...]`` of booleans, or a bool
     where the host knows.
 
-    Totals are positive semi-definite matrices. All of them are observed or none: a count of zero, a NaN or an infinity in one
-    leaves the average as it was. A finite diagonal bounds all other entries, so n numbers are looked at instead of n^2.
+    All totals are observed or none: a count of zero, a NaN or an infinity in one leaves the average as it was. They are positive
+    semi-definite matrices, whose finite diagonal bounds all other entries, so that their trace is looked at instead of n^2 numbers;
+    for others give ``size``, a sum of all entries.
     """
+    measure: Callable[[Array], Array] = xp.linalg.trace if size is None else size
     parts, positive = [], True
     for value, total, count in zip(average.values, totals, counts, strict=True):
         if value is not None:
@@ -101,7 +109,7 @@ def observe(
             parts.append((value, total, shares))
             positive = positive & some
     # where the host can read single numbers (see `number`) all that follows but the blending is its arithmetic
-    spread = functools.reduce(operator.add, [number(xp, xp.linalg.trace(total)) * shares for _, total, shares in parts])
+    spread = functools.reduce(operator.add, [number(xp, measure(total)) * shares for _, total, shares in parts])
     ok = finite(xp, spread)
     ok = truth(xp, ok if positive is True else positive & ok)
     if ok is False:

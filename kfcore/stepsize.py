@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
 from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, number, scalar, truth
+from kfcore.curvature.base import count_failure
 from kfcore.damping import check_positive
 from kfcore.linalg import blend
 
@@ -143,7 +144,7 @@ def apply(
         if step.decay == "decoupled" and _nonzero(wd):
             d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
         updates[name] = guard(lr, 0.0, d, sign=-1.0) * d
-    return updates, StepState(momentum, _counted(xp, state.skipped, ok))
+    return updates, StepState(momentum, count_failure(xp, state.skipped, ok))
 
 
 def guarded(directions: Mapping[str, Array], state: StepState) -> tuple[dict[str, Array], StepState]:
@@ -151,13 +152,7 @@ def guarded(directions: Mapping[str, Array], state: StepState) -> tuple[dict[str
     xp = namespace(next(iter(directions.values())))
     ok = truth(xp, _finite(xp, directions, []))
     guard = _Guard(xp, ok)
-    return {name: guard.whole(d) for name, d in directions.items()}, state._replace(skipped=_counted(xp, state.skipped, ok))
-
-
-def _counted(xp: Namespace, skipped: Array, ok: bool | Array) -> Array:
-    if isinstance(ok, bool):
-        return skipped if ok else skipped + 1
-    return xp.where(ok, skipped, skipped + 1)
+    return {name: guard.whole(d) for name, d in directions.items()}, state._replace(skipped=count_failure(xp, state.skipped, ok))
 
 
 class _Guard:

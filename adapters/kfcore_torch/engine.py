@@ -91,6 +91,12 @@ class Engine:
         self.capture.counting = self.core.loss_reduction == "sum" and self.method.fisher == "empirical"
         self.moved()
 
+    def join(self, trained: Sequence[Tensor]) -> None:
+        """Take in the parameters among ``trained`` that were frozen when the model was laid out and are no more."""
+        known = {id(p) for p in self.layout.parameters.values()}
+        if any(p.requires_grad and id(p) not in known for p in trained):
+            self.plan(trained)
+
     def _laid_out(self, trained: Sequence[Tensor], excluded: Mapping[str, str]) -> tuple[Layout, ModelOptimizer]:
         found = layout(self.module, trained, excluded=excluded, **self._how)
         return found, ModelOptimizer(self.method, found.model, self.step_size, **self._options)
@@ -220,9 +226,9 @@ class Engine:
             warnings.warn(f"layer {name!r} has no statistics in this step: {why}", stacklevel=5)
         if new and int(self.state.curvature.observed) == 0:
             self._excluded |= new
-            statistics, terms, output = self._statistics, self._terms, self._output_layer
+            statistics, terms = self._statistics, self._terms
             self.plan(list(self.layout.parameters.values()))
-            self._statistics, self._terms, self._output_layer = statistics, terms, output
+            self._statistics, self._terms = statistics, terms
 
     def _by_block(self, damping: Mapping[str, float | None]) -> dict[str, float]:
         """Damping by block from that by parameter: a block follows the group of its first parameter."""

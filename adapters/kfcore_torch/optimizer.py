@@ -129,18 +129,15 @@ class Optimizer(Shell, torch.optim.Optimizer):
         engine = self.engine
         per_parameter: dict[str, dict[str, Any]] = {"learning_rate": {}, "weight_decay": {}, "damping": {}}
         names = {id(p): name for name, p in engine.layout.parameters.items()}
-        unfrozen = False
         for group in self.param_groups:
             for p in group["params"]:
-                unfrozen = unfrozen or (id(p) not in names and p.requires_grad)
                 if id(p) in names:
                     name = names[id(p)]
                     per_parameter["learning_rate"][name] = group["lr"]
                     per_parameter["weight_decay"][name] = group["weight_decay"]
                     per_parameter["damping"][name] = group["damping"]
         self._write(engine.updates(per_parameter, terms))
-        if unfrozen:
-            engine.plan(self._trained())
+        engine.join(self._trained())
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

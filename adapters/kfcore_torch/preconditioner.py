@@ -82,9 +82,7 @@ class Preconditioner(Shell):
             grad = self.engine.layout.parameters[name].grad
             assert grad is not None
             grad.copy_(direction)
-        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
-        if len(trained) > len(self.engine.layout.parameters):  # some were frozen and are no more
-            self.engine.plan(trained)
+        self.engine.join(list(self.engine.module.parameters()))
 
     def state_dict(self) -> dict[str, Any]:
         """Curvature, loadable with ``weights_only=True``."""

@@ -10,7 +10,7 @@ from kfcore._array import Array, Namespace, cast, device, factor_dtype, is_real_
 from kfcore.curvature.base import Cost, Method, Needs, count_failure
 from kfcore.damping import check_positive
 from kfcore.layers import Layer
-from kfcore.statistics import GradientStatistics, RunningAverage
+from kfcore.statistics import GradientStatistics, RunningAverage, observe
 
 
 class DiagonalState(NamedTuple):
@@ -104,14 +104,8 @@ class Diagonal(Method):
     def observe(self, state: DiagonalState, statistics: GradientStatistics, decay: float | Array | None = None) -> DiagonalState:
         """Running average of the diagonal."""
         xp = namespace(state.average.weight)
-        weight, (old,) = state.average.weight, state.average.values
-        count = scalar(xp, statistics.count, weight)
-        new = statistics.square_sum / xp.where(count > 0, count, xp.ones_like(count))
-        ok = xp.isfinite(xp.sum(new)) & (count > 0)
-        grown = weight * self._decay(decay) + 1.0
-        step = 1.0 / grown
-        value = xp.where(ok, (1.0 - step) * old + step * new, old)
-        average = RunningAverage(xp.where(ok, grown, weight), (value,))
+        totals, counts = (statistics.square_sum,), (statistics.count,)
+        average, ok = observe(xp, state.average, totals, counts, self._decay(decay), size=xp.sum)
         return state._replace(average=average, dropped=count_failure(xp, state.dropped, ok))
 
     def refresh(self, layer: Layer, state: DiagonalState, damping: float | Array | None = None) -> DiagonalState:

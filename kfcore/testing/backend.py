@@ -118,7 +118,7 @@ def array_api_backend(xp: Namespace, *, device: Any = None, name: str | None = N
     """
 
     def put(x: np.ndarray) -> Array:
-        dtype = getattr(xp, {"bool": "bool"}.get(x.dtype.name, x.dtype.name))
+        dtype = getattr(xp, x.dtype.name)
         try:
             return xp.asarray(x, dtype=dtype, device=device)
         except (TypeError, ValueError, NotImplementedError):

@@ -162,3 +162,31 @@ def test_the_diagonal_averages_in_the_same_way(ref, rng):
     want = 9.0 * (weights[:, None] * grads**2).sum(axis=0) / weights.sum()
     assert ref.distance(state.average.values[0], want) < 1e-13
     assert ref.distance(1.01 * state.average.values[0], want) > 1e-3
+
+
+def test_a_rank_without_terms_leaves_the_statistics_of_the_others(rng):
+    """Two ranks, one of them with an empty part of the batch: the sums over ranks are those of the other alone."""
+    layers = {"fc": kf.Linear(3, 2, None)}
+    optimizer = kf.ModelOptimizer(kf.KFAC(), kf.Model(layers), kf.StepSize())
+    state = optimizer.init({"fc.weight": rng.normal(size=(2, 3))})
+    x, g = rng.normal(size=(8, 1, 3)), rng.normal(size=(8, 1, 2)) / 8
+
+    def ranks(sizes):
+        parts = [optimizer.reduce(state, "fc", x[:n], g[:n]) for n in sizes]
+        calls = []
+
+        def record(value):
+            calls.append(value)
+            return value
+
+        for part, n in zip(parts, sizes, strict=True):
+            optimizer.across(part, float(n), record)
+        half = len(calls) // 2
+        totals = iter([a + b for a, b in zip(calls[:half], calls[half:], strict=True)])
+        return optimizer.across(parts[0], float(sizes[0]), lambda _: next(totals))
+
+    summed, terms = ranks([8, 0])
+    assert terms == 8.0
+    alone = optimizer.reduce(state, "fc", x, g)["fc"].over(1 / 8)
+    assert np.allclose(summed["fc"].output_sum / summed["fc"].output_count, alone.output_sum / alone.output_count, rtol=1e-12)
+    assert np.allclose(summed["fc"].input_sum / summed["fc"].input_count, alone.input_sum / alone.input_count, rtol=1e-12)

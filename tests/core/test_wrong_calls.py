@@ -212,3 +212,14 @@ def test_a_recorder_names_what_was_not_recorded(rng, model):
         recorder.step(params, grads)
     with pytest.raises(ValueError, match=r"'fc9'.*fc1, fc2"):
         recorder.record("fc9", *records["fc1"])
+
+
+def test_an_optimizer_of_two_models_takes_each_state_for_what_it_is(rng, model):
+    """What is due follows from the state that is given, not from the model that was seen last."""
+    optimizer = kf.Optimizer(kf.KFAC(stats_every=10, refresh_every=10), model.layers(), fallback=kf.Diagonal(stats_every=1))
+    params = model.params(rng)
+    plain = {name: params[name] for name in ("fc1", "fc2")}
+    full, bare = optimizer.init(params), optimizer.init(plain)
+    later = [s._replace(curvature=s.curvature._replace(count=np.asarray(1, np.int32))) for s in (full, bare)]
+    assert optimizer.stats_due(later[0])
+    assert not optimizer.stats_due(later[1])
