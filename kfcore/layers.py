@@ -37,6 +37,11 @@ class Layer(Protocol):
         """Shape ``(rows, columns)`` of the weight matrix, a joint bias included."""
         ...
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes that hold independent layers of this shape."""
+        ...
+
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Rows ``[..., n, columns]`` whose second moment is the input factor, from ``inputs [..., N, S, in]``."""
         ...
@@ -61,6 +66,8 @@ class Linear:
         ``"expand"`` or ``"reduce"``, for inputs with extra axes between the batch and the features.
     layout
         How the user stores the weight: ``"oi"`` for ``[out, in]`` (PyTorch), ``"io"`` for ``[in, out]`` (``x @ W``, Flax, Keras).
+    stack
+        Leading axes of parameters and captured arrays that hold as many independent layers of equal shape (a scan over layers).
     """
 
     in_features: int
@@ -68,6 +75,7 @@ class Linear:
     bias: Literal["joint", "separate"] | bool | None = "joint"
     sharing: Sharing = "expand"
     layout: Literal["oi", "io"] = "oi"
+    stack: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features"):
@@ -82,6 +90,8 @@ class Linear:
             raise ValueError(f"`sharing` of Linear must be 'expand' or 'reduce', got {self.sharing!r}")
         if self.layout not in ("oi", "io"):
             raise ValueError(f"`layout` of Linear must be 'oi' or 'io', got {self.layout!r}")
+        if not isinstance(self.stack, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stack):
+            raise ValueError(f"`stack` of Linear must be a tuple of positive ints, got {self.stack!r}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,14 +102,14 @@ class Linear:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the layer's parameters in the user's layout, by role."""
         weight = (self.out_features, self.in_features)
-        shapes: dict[str, tuple[int, ...]] = {"weight": weight if self.layout == "oi" else weight[::-1]}
-        return shapes | {"bias": (self.out_features,)} if self.bias else shapes
+        shapes: dict[str, tuple[int, ...]] = {"weight": (*self.stack, *(weight if self.layout == "oi" else weight[::-1]))}
+        return shapes | {"bias": (*self.stack, self.out_features)} if self.bias else shapes
 
     def blocks(self) -> dict[str, Layer]:
         """The curvature blocks of this layer: itself under ``""``, or its weight and its bias apart."""
         if self.bias != "separate":
             return {"": self}
-        return {".weight": replace(self, bias=None), ".bias": Bias(self.out_features)}
+        return {".weight": replace(self, bias=None), ".bias": Bias(self.out_features, self.stack)}
 
     def matrices(self, params: Parameters) -> dict[str, Array]:
         """The parameters (or their gradients) as one matrix a block."""
@@ -122,12 +132,15 @@ class Linear:
         return params if self.layout == "oi" else params | {"weight": params["weight"].mT}
 
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
-        """Bring what a user recorded, ``inputs [N, ..., in]`` and ``output_grads [N, ..., out]``, to ``[N, S, features]``."""
+        """Bring what a user recorded, ``inputs [N, ..., in]`` and ``output_grads [N, ..., out]``, to ``[N, S, features]``.
+
+        All behind the axes of ``stack``, if there are any.
+        """
         xp = namespace(inputs, output_grads)
-        flat = _positions(xp, "inputs", inputs, self.in_features)
+        flat = _positions(xp, "inputs", inputs, self.stack, self.in_features)
         if output_grads is None:
             return flat, None
-        grads = _positions(xp, "output_grads", output_grads, self.out_features)
+        grads = _positions(xp, "output_grads", output_grads, self.stack, self.out_features)
         if flat.shape[:-1] != grads.shape[:-1]:
             raise ValueError(
                 f"`inputs` and `output_grads` must agree in all axes but the last, got {tuple(inputs.shape)} and "
@@ -159,6 +172,7 @@ class Bias:
     """
 
     features: int
+    stack: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -182,11 +196,13 @@ def check_layers(layers: Mapping[str, object]) -> None:
             raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
 
 
-def _positions(xp: Namespace, name: str, x: Array, features: int) -> Array:
-    """``x [N, ..., features]`` as ``[N, S, features]``."""
-    if x.ndim < 2 or x.shape[-1] != features:
-        raise ValueError(f"`{name}` must have shape [N, ..., {features}], got {tuple(x.shape)}")
-    return xp.reshape(x, (x.shape[0], math.prod(x.shape[1:-1]), features))
+def _positions(xp: Namespace, name: str, x: Array, stack: tuple[int, ...], features: int) -> Array:
+    """``x [*stack, N, ..., features]`` as ``[*stack, N, S, features]``."""
+    lead = len(stack)
+    if x.ndim < lead + 2 or tuple(x.shape[:lead]) != stack or x.shape[-1] != features:
+        axes = "".join(f"{n}, " for n in stack)
+        raise ValueError(f"`{name}` must have shape [{axes}N, ..., {features}], got {tuple(x.shape)}")
+    return xp.reshape(x, (*x.shape[: lead + 1], math.prod(x.shape[lead + 1 : -1]), features))
 
 
 def _merge(xp: Namespace, x: Array) -> Array:

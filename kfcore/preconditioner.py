@@ -182,7 +182,7 @@ def blocks_of(
     blocks = {}
     for name, layer in layers.items():
         for suffix, part in layer.blocks().items():
-            blocks[name + suffix] = Block(name + suffix, part, method)
+            blocks[name + suffix] = Block(name + suffix, part, method, part.stack)
     fallback = default_fallback(method) if fallback is None else fallback
     if not isinstance(fallback, Method):
         raise TypeError(f"`fallback` must be a curvature method such as kfcore.Diagonal(), got {fallback!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def report(model: Model, blocks: Mapping[str, Block], step: StepSize, reasons: M
         (name,) = names
         block = blocks[name]
         cost = block.method.cost(block.layer, itemsize)
-        first = name not in seen
+        first = (name not in seen) * math.prod(block.leading)
         seen.add(name)
         covered = Needs.GRADIENT not in block.method.requires(block.layer)
         size = 1

@@ -31,6 +31,7 @@ class Tensor:
     """A parameter of any shape that has no layer geometry."""
 
     size: tuple[int, ...]
+    stack: ClassVar[tuple[int, ...]] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""What JAX does its own way: ``if`` under a trace, and inverses by Cholesky. Each passes the tests of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from kfcore import register_cond, register_kernel
+
+
+def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
+    """``lax.cond`` under a trace, a branch of the host where the predicate is known.
+
+    Under ``vmap`` a branch is run if any member wants it, not always: members that train in step refresh in step.
+    """
+    if not isinstance(predicate, jax.core.Tracer):
+        return then(*operands) if bool(predicate) else otherwise(*operands)
+    branches = [_closed(branch, operands) for branch in (then, otherwise)]
+
+    @jax.custom_batching.custom_vmap
+    def choose(predicate: Any, consts: Any, operands: Any) -> Any:
+        return lax.cond(predicate, *(lambda c, o, i=i: branches[i](c[i], o) for i in range(2)), consts, operands)
+
+    @choose.def_vmap
+    def _(size: int, batched: Any, predicate: Any, consts: Any, operands: Any) -> Any:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        run = [jax.vmap(lambda c, o, i=i: branches[i](c[i], o), axes[1:], 0, axis_size=size) for i in range(2)]
+        if not batched[0]:
+            out = lax.cond(predicate, *run, consts, operands)
+        else:
+
+            def mixed(consts: Any, operands: Any) -> Any:
+                chosen, rest = (r(consts, operands) for r in run)
+                pick = lambda a, b: jnp.where(predicate.reshape(size, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+                return jax.tree.map(pick, chosen, rest)
+
+            out = lax.cond(jnp.any(predicate), mixed, run[1], consts, operands)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return choose(predicate, [branch.consts for branch in branches], operands)
+
+
+class _closed:  # noqa: N801
+    """A function with what it closes over made visible, so that a batch of it may be batched too."""
+
+    def __init__(self, function: Callable[..., Any], operands: Any) -> None:
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
+        self.consts = list(program.consts)
+        inner = program.jaxpr
+        self._run = jaxpr_as_fun(ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), ()))
+        self._tree = jax.tree.structure(shapes)
+
+    def __call__(self, consts: Any, operands: Any) -> Any:
+        return jax.tree.unflatten(self._tree, self._run(*consts, *jax.tree.leaves(operands)))
+
+
+def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By Cholesky and one triangular solve: half of the work of a general inverse. A failure is NaN, which is what ``ok`` looks for."""
+    factor = jnp.linalg.cholesky(0.5 * (x + x.mT))
+    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    root = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    inverse = root.mT @ root
+    return inverse, jnp.isfinite(jnp.trace(inverse, axis1=-2, axis2=-1))
+
+
+def register() -> None:
+    """Make the core use these for JAX arrays."""
+    register_cond("jax", cond)
+    register_kernel("invert", "jax", invert)

@@ -1,0 +1,290 @@
+"""A loss, traced once: its layers, and a function that gives loss, gradients and records in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfcore import Loss, Method, fisher_vectors
+from kfcore_jax import program
+from kfcore_jax.analysis import Findings, analyse
+from kfcore_jax.evaluation import evaluate
+from kfcore_jax.layout import Layout, Sharing, layout, leaves_of
+from kfcore_jax.records import Records
+from kfcore_jax.sites import Dense
+
+Function = Callable[..., Any]
+
+
+class Model:
+    """What a loss does with its parameters. Made by :func:`trace`.
+
+    Attributes
+    ----------
+    layout
+        Layers, names, and the reasons of parameters that have none.
+
+    """
+
+    def __init__(self, function: Function, found: Layout, *, has_aux: bool, per_entry: bool, how: Mapping[str, Any]) -> None:
+        self.function, self.layout = function, found
+        self.has_aux, self.per_entry, self._how = has_aux, per_entry, dict(how)
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Layer descriptions by name."""
+        return self.layout.model.layers
+
+    def value_grad_and_records(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
+        """``jax.value_and_grad`` of the loss, and the records of its layers. Call it inside ``jit``.
+
+        Returns
+        -------
+        value, grads, records
+            ``value`` is a pair with the auxiliary output where ``has_aux`` is set.
+
+        """
+        tapped = _Tapped(self.function, params, args, self.has_aux)
+        uses = self._uses(tapped)
+
+        def loss(params: Any, taps: Any) -> Any:
+            value, aux, inputs = tapped(params, taps)
+            return value, (aux, inputs)
+
+        call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+        (value, (aux, inputs)), (grads, found) = call(params, tapped.zeros(uses))
+        layers = {
+            name: [(use.inputs(inputs[use.site.path]), use.output_grads(found[use.site.path])) for use in of_layer]
+            for name, of_layer in uses.items()
+        }
+        return ((value, aux) if self.has_aux else value), grads, Records(layers, self._terms(uses))
+
+    def fisher_records(
+        self,
+        predict: Function,
+        method: Method,
+        loss: Loss,
+        params: Any,
+        *args: Any,
+        targets: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Records:
+        """Records for ``fisher="mc"`` and ``"exact"``: vectors of the loss pulled back from the outputs of ``predict(params, *args)``.
+
+        Parameters
+        ----------
+        predict
+            The network without the loss, on the same parameters.
+        method
+            Tells the Fisher type and the number of draws.
+        loss
+            Such as :class:`kfcore.CrossEntropy`.
+        targets
+            Needed only where the loss ignores some of them.
+        key
+            Source of the drawn labels, for ``"mc"``.
+
+        """
+        if method.fisher not in ("mc", "exact"):
+            raise ValueError(f"`method` must have fisher='mc' or 'exact' here, got {method.fisher!r}; use value_grad_and_records")
+        if method.fisher == "mc" and key is None:
+            raise ValueError("`key` must be given: fisher='mc' draws labels from the model")
+        tapped = _Tapped(predict, params, args, False)
+        uses = self._uses(tapped)
+
+        def outputs_of(taps: Any) -> Any:
+            outputs, _, inputs = tapped(params, taps)
+            return outputs, inputs
+
+        outputs, pull, inputs = jax.vjp(outputs_of, tapped.zeros(uses), has_aux=True)
+        draw = _Draw(key, outputs.dtype)
+        terms = loss.terms(outputs, targets)
+        layers: dict[str, list[Any]] = {
+            name: [(use.inputs(inputs[use.site.path]), None) for use in of_layer] for name, of_layer in uses.items()
+        }
+        vectors = list(fisher_vectors(method.fisher, loss, outputs, targets, draw=draw, samples=method.mc_samples))
+        pulled = jax.vmap(lambda vector: pull(vector)[0])(jnp.stack([v.astype(outputs.dtype) for v in vectors]))
+        for name, of_layer in uses.items():
+            for index, use in enumerate(of_layer):
+                grads = jax.vmap(use.output_grads)(pulled[use.site.path])
+                axis = len(use.stack)
+                grads = jnp.moveaxis(grads, 0, axis)
+                merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
+                layers[name][index] = (layers[name][index][0], grads.reshape(merged))
+        return Records(layers, terms)
+
+    def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
+        """Rebuild the gradient of every weight from its records and compare it with autodiff's: relative deviations by layer.
+
+        Raises
+        ------
+        AssertionError
+            Naming the layers whose deviation is above ``rtol``: a tap that says something else than what is computed, or a
+            ``custom_jvp`` rule that is not the derivative.
+
+        """
+        _, grads, records = jax.jit(self.value_grad_and_records)(params, *args)
+        flat = self.layout.flat(grads)
+        deviations = {}
+        for name, layer in self.layers.items():
+            rebuilt = sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in _wide(records.layers[name]))
+            expected = np.asarray(flat[f"{name}.weight"], np.float64)
+            expected = expected if layer.layout == "oi" else np.swapaxes(expected, -1, -2)
+            deviations[name] = float(np.linalg.norm(rebuilt - expected) / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))
+        wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
+        if wrong:
+            raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")
+        return deviations
+
+    def _uses(self, tapped: _Tapped) -> dict[str, tuple[Dense, ...]]:
+        """The sites of this program by layer: batch sizes may differ from those at :func:`trace`, layers may not."""
+        found = tapped.layout(self._how)
+        lost = [name for name, layer in self.layers.items() if found.model.layers.get(name) != layer]
+        if lost:
+            raise ValueError(f"the program no longer uses {', '.join(lost)} as it did when it was traced: trace the model anew")
+        return {name: found.sites[name] for name in self.layers}
+
+    def _terms(self, uses: Mapping[str, tuple[Dense, ...]]) -> float:
+        """Rows of the layer whose product comes last, times its width where the loss compares numbers."""
+        if not uses:
+            return 1.0
+        last = max((use for of_layer in uses.values() for use in of_layer), key=lambda use: use.site.path)
+        size = math.prod(last.site.tap)
+        return float(size if self.per_entry else size // last.outs)
+
+
+def trace(
+    loss_fn: Function,
+    params: Any,
+    *args: Any,
+    has_aux: bool = False,
+    loss: Loss | None = None,
+    bias: Literal["joint", "separate"] = "joint",
+    sharing: Sharing | Mapping[str, Sharing] = "expand",
+    prefix: str | None = None,
+    strict: bool = False,
+) -> Model:
+    """Find the layers in ``loss_fn(params, *args)``, which is traced but not run.
+
+    Every product of a parameter with the batch is found, however the model is written: through reshapes and transpositions, ``jit``,
+    ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that are used in any other way get the fallback, and ``model.layout.reasons``
+    says why.
+
+    Parameters
+    ----------
+    loss_fn
+        A scalar loss of a tree of parameters and the batch; ``(loss, aux)`` with ``has_aux``.
+    params, args
+        Arrays, or ``jax.ShapeDtypeStruct``.
+    loss
+        Description of the loss. Only whether it compares numbers one by one (MSE, BCE) matters here: then terms are numbers, else rows.
+    bias, sharing
+        See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by layer name. The first axis of the rows is the example, all
+        others are positions.
+    prefix
+        Of the parameters' paths, left out of names; ``"params"``, Flax's collection, if all have it.
+    strict
+        Raise where a parameter would get the fallback.
+
+    Raises
+    ------
+    ValueError
+        If the loss is not a scalar, ignores a parameter, or falls back under ``strict``.
+
+    """
+    how = {"bias": bias, "sharing": sharing, "prefix": prefix}
+    tapped = _Tapped(loss_fn, params, args, has_aux)
+    tapped.check_scalar()
+    found = tapped.layout(how)
+    paths = list(leaves_of(params))
+    unused = [path for path in paths if found.reasons.get(found.places[path].name) == "no layer: unused"]
+    if unused:
+        raise ValueError(f"`loss_fn` ignores the parameter{'s' * (len(unused) > 1)} {', '.join(unused)}: leave them out of `params`")
+    if strict and found.model.others:
+        lines = [f"{name} ({found.reasons[name]})" for name in found.model.others]
+        raise ValueError(f"`strict` is set, but these parameters would fall back: {'; '.join(lines)}")
+    return Model(loss_fn, found, has_aux=has_aux, per_entry=bool(getattr(loss, "per_entry", False)), how=how)
+
+
+def value_grad_and_records(loss_fn: Function, **options: Any) -> Callable[..., tuple[Any, Any, Records]]:
+    """A function of ``(params, *args)`` that gives value, gradients and records; ``options`` as in :func:`trace`."""
+
+    def call(params: Any, *args: Any) -> tuple[Any, Any, Records]:
+        return trace(loss_fn, params, *args, **options).value_grad_and_records(params, *args)
+
+    return call
+
+
+class _Tapped:
+    """The program of a function, with taps at its sites."""
+
+    def __init__(self, function: Function, params: Any, args: Any, has_aux: bool) -> None:
+        self.params, self.args, self.has_aux = params, args, has_aux
+        self.closed, self.shapes = program.trace(function, params, *args)
+        self.floating = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in jax.tree.leaves(params)]
+        self.sites: dict[Any, Any] = {}
+
+    def check_scalar(self) -> None:
+        if self.has_aux and not (isinstance(self.shapes, tuple) and len(self.shapes) == 2):
+            raise ValueError("`loss_fn` must return (loss, aux) with has_aux=True")
+        value = self.shapes[0] if self.has_aux else self.shapes
+        if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            came = f"an array of shape {value.shape} and dtype {value.dtype}" if hasattr(value, "shape") else type(value).__name__
+            hint = "" if self.has_aux else "; for (loss, aux) set has_aux=True"
+            raise ValueError(f"`loss_fn` must return a scalar of real floating point, got {came}{hint}")
+
+    def layout(self, how: Mapping[str, Any]) -> Layout:
+        leaves = jax.tree.leaves(self.params)
+        others = jax.tree.leaves(self.args)
+        found = analyse(self.closed.jaxpr, leaves, len(others))
+        return layout(self.params, _floating(found, self.floating), **how)
+
+    def zeros(self, uses: Mapping[str, tuple[Dense, ...]]) -> dict[Any, jax.Array]:
+        """Taps at the sites that will be used."""
+        self.sites = {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
+        return {path: jnp.zeros(site.tap, site.dtype) for path, site in self.sites.items()}
+
+    def __call__(self, params: Any, taps: Any) -> tuple[Any, Any, Any]:
+        """Value, auxiliary output and inputs of the sites."""
+        outs, inputs = evaluate(
+            self.closed.jaxpr, self.closed.consts, [*jax.tree.leaves(params), *jax.tree.leaves(self.args)], self.sites, taps
+        )
+        tree = jax.tree.unflatten(jax.tree.structure(self.shapes), outs)
+        value, aux = tree if self.has_aux else (tree, None)
+        return value, aux, inputs
+
+
+def _floating(found: Findings, floating: list[bool]) -> Findings:
+    """Findings with leaves counted among the floating ones alone, which are all that is trained."""
+    if all(floating):
+        return found
+    number = {leaf: sum(floating[:leaf]) for leaf, is_floating in enumerate(floating) if is_floating}
+    sites = {
+        p: replace(s, leaf=number[s.leaf], bias=None if s.bias is None else number.get(s.bias))
+        for p, s in found.sites.items()
+        if s.leaf in number
+    }
+    uses = {number[leaf]: how for leaf, how in found.uses.items() if leaf in number}
+    return Findings(sites, uses, {number[leaf] for leaf in found.touched if leaf in number})
+
+
+class _Draw:
+    """Random numbers from a key that is split anew for every call."""
+
+    def __init__(self, key: jax.Array | None, dtype: Any) -> None:
+        self.key, self.dtype = key, jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+    def __call__(self, kind: Literal["uniform", "normal"], shape: tuple[int, ...]) -> jax.Array:
+        assert self.key is not None
+        self.key, own = jax.random.split(self.key)
+        return (jax.random.uniform if kind == "uniform" else jax.random.normal)(own, shape, self.dtype)
+
+
+def _wide(record: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.asarray(x, np.float64), np.asarray(dy, np.float64)) for x, dy in record]

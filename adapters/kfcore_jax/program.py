@@ -1,0 +1,52 @@
+"""What JAX programs are made of: the few facts about jaxprs that change between releases, behind one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+Jaxpr: TypeAlias = Any
+Equation: TypeAlias = Any
+Path: TypeAlias = tuple[int, ...]
+"""Position of an equation: its index in the program, then in the program inside that equation, and so on."""
+
+CALLS = {"jit", "pjit", "closed_call", "core_call"}
+REMATS = {"checkpoint", "remat", "remat2"}
+SUMS = {"add", "add_any"}
+
+
+def name_of(equation: Equation) -> str:
+    """Name of the primitive."""
+    return equation.primitive.name
+
+
+def inside(equation: Equation) -> tuple[Jaxpr, Sequence[Any]]:
+    """The program inside a call, and its constants."""
+    sub = equation.params.get("jaxpr")
+    sub = equation.params["call_jaxpr"] if sub is None else sub
+    return (sub.jaxpr, sub.consts) if hasattr(sub, "jaxpr") else (sub, ())
+
+
+def is_literal(variable: Any) -> bool:
+    """Whether an operand is a number written into the program."""
+    return isinstance(variable, Literal)
+
+
+def run(jaxpr: Jaxpr, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Results of one equation on ``values``, with its derivative rules, precision and names intact."""
+    variables = list(dict.fromkeys(v for v in equation.invars if not is_literal(v)))
+    known = {v: x for v, x in zip(equation.invars, values, strict=True) if not is_literal(v)}
+    return jaxpr_as_fun(_alone(jaxpr, equation, variables))(*(known[v] for v in variables))
+
+
+def _alone(jaxpr: Jaxpr, equation: Equation, variables: list[Any]) -> ClosedJaxpr:
+    """A program that is this one equation."""
+    return ClosedJaxpr(jaxpr.replace(constvars=[], invars=variables, outvars=list(equation.outvars), eqns=[equation]), ())
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """The program of ``function`` and the shapes of its results, as a tree."""
+    return jax.make_jaxpr(function, return_shape=True)(*args)

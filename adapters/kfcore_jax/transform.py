@@ -1,0 +1,272 @@
+"""The optimizers: optax transformations around the core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kfcore
+from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize
+from kfcore._array import Schedule
+from kfcore.damping import check_positive
+from kfcore.optimizer import merge
+from kfcore.stepsize import guarded
+from kfcore_jax.layout import Layout, leaves_of, path_of
+from kfcore_jax.model import Model
+from kfcore_jax.records import Records
+
+Number = float | jax.Array | Schedule
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation whose ``update`` also takes ``records``; with the files and reports of the core."""
+
+    core: _Core
+
+    @classmethod
+    def of(cls, core: _Core) -> Transformation:
+        """The transformation that ``core`` computes."""
+        made = cls(core.init, core.update)
+        made.core = core
+        return made
+
+    def report(self, params: Any) -> Report:
+        """For every parameter: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""
+        layout, optimizer = self.core.bind(params)
+        wide = any(x.dtype == jnp.float64 for x in leaves_of(params).values())
+        return optimizer.report(layout.reasons, 8 if wide else 4)
+
+    def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
+        """Counters: see :meth:`kfcore.ModelOptimizer.diagnostics`."""
+        return self.core.of_state(state).diagnostics(state)
+
+    def save(self, path: str | os.PathLike[str], state: OptimizerState) -> None:
+        """Write a state to a file that every framework reads: see :func:`kfcore.save`."""
+        kfcore.save(path, self.core.of_state(state), state)
+
+    def load(self, path: str | os.PathLike[str], like: OptimizerState, *, names: Mapping[str, str] | None = None) -> OptimizerState:
+        """The state in such a file; ``like`` is a state of this optimizer, ``names`` as in :func:`kfcore.load`."""
+        return kfcore.load(path, self.core.of_state(like), like, names=names)
+
+
+def optimizer(
+    method: Method,
+    model: Model,
+    *,
+    learning_rate: Number = 0.1,
+    momentum: Number = 0.9,
+    nesterov: bool = False,
+    weight_decay: Number = 0.0,
+    decay: Literal["decoupled", "coupled"] = "decoupled",
+    clip: Number | None = None,
+    graft: bool = False,
+    damping: Number | None = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    fallback: Method | None = None,
+    axis_name: str | None = None,
+    group: bool | None = None,
+    spread: bool = False,
+) -> Transformation:
+    """Curvature-preconditioned gradient descent with momentum: ``update(grads, state, params, records=records)``.
+
+    Every number may be a Python number, an array (as ``optax.inject_hyperparams`` gives) or a function of the step.
+
+    Parameters
+    ----------
+    method
+        Such as :class:`kfcore.KFAC`.
+    model
+        What :func:`kfcore_jax.trace` made of the loss.
+    learning_rate, momentum, nesterov, weight_decay, decay, clip, graft
+        See :class:`kfcore.StepSize`.
+    damping
+        Replaces that of ``method``.
+    loss_reduction
+        ``"mean"`` or ``"sum"``: what the loss is over its terms. Their number is in the records; give ``terms`` to ``update`` where it is
+        not the rows of the output layer.
+    fallback
+        Method for parameters of no layer, a :class:`kfcore.Diagonal` if not given.
+    axis_name
+        Mapped axis (``shard_map``, ``vmap``) over which the batch is spread: statistics are summed over it. Each part's loss must be
+        its own mean (or sum), and the gradients given to ``update`` those of the whole.
+    group, spread
+        See :class:`kfcore.Preconditioner`; ``group`` is on by default where the default device is not a CPU.
+    """
+    step = StepSize(
+        learning_rate=_schedule(learning_rate),
+        momentum=_schedule(momentum),
+        nesterov=nesterov,
+        weight_decay=_schedule(weight_decay),
+        decay=decay,
+        clip=None if clip is None else _schedule(clip),
+        graft=graft,
+    )
+    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": _grouped(group), "spread": spread}
+    return Transformation.of(_Core(method, model, step, damping, axis_name, options))
+
+
+def scale_by_curvature(
+    method: Method,
+    model: Model,
+    *,
+    graft: bool = False,
+    damping: Number | None = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    fallback: Method | None = None,
+    axis_name: str | None = None,
+    group: bool | None = None,
+    spread: bool = False,
+) -> Transformation:
+    """Replace gradients by their directions, inside ``optax.chain``; parameters as in :func:`optimizer`.
+
+    Where a direction is not finite all of them are zero and the step counts as skipped.
+    """
+    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": _grouped(group), "spread": spread}
+    return Transformation.of(_Directions(method, model, StepSize(momentum=0.0, graft=graft), damping, axis_name, options))
+
+
+class _Core:
+    """The core's optimizer on trees of parameters, for whichever of them it is given."""
+
+    def __init__(
+        self, method: Method, model: Model, step: StepSize, damping: Number | None, axis_name: str | None, options: dict[str, Any]
+    ) -> None:
+        if not isinstance(model, Model):
+            raise TypeError(f"`model` must be what kfcore_jax.trace(loss_fn, params, *args) gave, got {type(model).__name__}")
+        if isinstance(damping, (int, float)):
+            check_positive("damping", damping)
+        self.method, self.model, self.step, self.damping, self.axis_name = method, model, step, damping, axis_name
+        self._options = options
+        self._bound: dict[frozenset[str], tuple[Layout, ModelOptimizer]] = {}
+        self._of_layout(model.layout)
+
+    def bind(self, params: Any) -> tuple[Layout, ModelOptimizer]:
+        """Layout and optimizer of a tree that holds all parameters of the model, or some (``optax.masked``)."""
+        arrays = leaves_of(params)
+        paths = frozenset(arrays)
+        if paths not in self._bound:
+            unknown = sorted(paths - self.model.layout.places.keys())
+            if unknown or not paths:
+                raise ValueError(f"`params` must be those of the traced model; it has no {', '.join(unknown) or 'parameter in them'}")
+            self._of_layout(self.model.layout.only(paths), paths)
+        layout, optimizer = self._bound[paths]
+        shapes = layout.model.shapes()
+        for path, x in arrays.items():
+            place = layout.places[path]
+            shown = jax.eval_shape(place.shown, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape if x.size == _size(shapes[place.name]) else ()
+            if tuple(shown) != shapes[place.name]:
+                raise ValueError(f"`params` have shape {tuple(x.shape)} at {path}, which is not that of the traced model")
+        return layout, optimizer
+
+    def of_state(self, state: OptimizerState) -> ModelOptimizer:
+        """The optimizer that made a state, known by its blocks."""
+        if not isinstance(state, OptimizerState):
+            raise TypeError(f"`state` must be this transformation's own, got {type(state).__name__}; take it out of the chain's")
+        blocks = state.curvature.blocks.keys()
+        for _, optimizer in self._bound.values():
+            if optimizer.preconditioner.blocks.keys() == blocks:
+                return optimizer
+        raise ValueError("`state` is of another model: this optimizer has no such blocks")
+
+    def init(self, params: Any) -> OptimizerState:
+        """State that has seen nothing."""
+        layout, optimizer = self.bind(params)
+        # every array its own buffer, so that a state can be donated
+        return jax.tree.map(jnp.copy, optimizer.init(layout.flat(params)))
+
+    def update(
+        self, grads: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any
+    ) -> tuple[Any, OptimizerState]:
+        """Updates to be added to the parameters, and the new state.
+
+        Parameters
+        ----------
+        records
+            Of the same evaluation as ``grads``.
+        terms
+            Number of terms in the loss, where the count in the records is not right.
+        """
+        del extra  # of other transformations in a chain
+        layout, optimizer = self.bind(grads)
+        if not isinstance(state, OptimizerState) or state.curvature.blocks.keys() != optimizer.preconditioner.blocks.keys():
+            raise ValueError("`state` is of another model: make one by `init` from the parameters that are trained")
+        if records is None:
+            raise ValueError("`records` must be given to `update`: take them from `model.value_grad_and_records(params, ...)`")
+        if not isinstance(records, Records):
+            raise TypeError(f"`records` must be kfcore_jax.Records, got {type(records).__name__}")
+        missing = [name for name in layout.model.layers if name not in records.layers]
+        if missing:
+            raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}: they are of another model")
+        if params is None and not (isinstance(self.step.weight_decay, (int, float)) and self.step.weight_decay == 0):
+            raise ValueError("`params` must be given to `update`: weight decay needs them")
+        local = records.terms if terms is None else terms
+        everyone = local if self.axis_name is None else jax.lax.psum(local, self.axis_name)
+
+        def statistics(state: OptimizerState) -> dict[str, Any]:
+            total: dict[str, Any] = {}
+            for name in layout.model.layers:
+                for inputs, output_grads in records.layers[name]:
+                    merge(total, optimizer.reduce(state, name, inputs, None))
+                    merge(total, optimizer.reduce(state, name, None, output_grads))
+            if self.axis_name is not None:
+                total, _ = optimizer.across(total, local, lambda x: jax.lax.psum(x, self.axis_name))
+            return total
+
+        flat = layout.flat(grads)
+        shown = {} if params is None else layout.flat(params)
+        found, state = self._step(optimizer, shown, flat, state, statistics, everyone)
+        return _unflatten(layout, found, grads), state
+
+    def _step(self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, terms: Any) -> Any:
+        return optimizer.update(params, grads, state, statistics, terms=terms, overrides={"damping": self._damping(state)})
+
+    def _damping(self, state: OptimizerState) -> Any:
+        return kfcore.schedule.at(self.damping, state.curvature.count)
+
+    def _of_layout(self, layout: Layout, paths: frozenset[str] | None = None) -> None:
+        optimizer = ModelOptimizer(self.method, layout.model, self.step, **self._options)
+        self._bound[frozenset(layout.places) if paths is None else paths] = layout, optimizer
+
+
+class _Directions(_Core):
+    def _step(self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, terms: Any) -> Any:
+        _, found, curvature = optimizer.directions(grads, state, statistics, terms=terms, damping=self._damping(state))
+        found, step = guarded(found, state.step)
+        return found, OptimizerState(curvature, step)
+
+
+def _schedule(value: Number) -> Any:
+    """A Python number or a function as it is, an array as a constant function of the step."""
+    if isinstance(value, (int, float)) or callable(value):
+        return value
+    return lambda _: value
+
+
+def _grouped(group: bool | None) -> bool:
+    return jax.default_backend() != "cpu" if group is None else group
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _unflatten(layout: Layout, found: Mapping[str, jax.Array], like: Any) -> Any:
+    """Updates by name in the tree of the gradients; zeros for what is not trained (integers)."""
+
+    def update(keys: Any, grad: Any) -> Any:
+        place = layout.places.get(path_of(keys)) if jnp.issubdtype(jnp.result_type(grad), jnp.floating) else None
+        if place is None:
+            return grad if grad.dtype == jax.dtypes.float0 else jnp.zeros_like(grad)
+        return place.back(found[place.name])
+
+    return jax.tree_util.tree_map_with_path(update, like)
+
+
