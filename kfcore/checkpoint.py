@@ -43,15 +43,23 @@ def save(path: str | os.PathLike[str], optimizer: ModelOptimizer, state: Optimiz
     write(path, *to_arrays(optimizer, state))
 
 
-def load(path: str | os.PathLike[str], optimizer: ModelOptimizer, like: OptimizerState) -> OptimizerState:
+def load(
+    path: str | os.PathLike[str], optimizer: ModelOptimizer, like: OptimizerState, *, names: Mapping[str, str] | None = None
+) -> OptimizerState:
     """The state in a file, as arrays of the library, device and dtypes of ``like``, a state of ``optimizer``.
+
+    Parameters
+    ----------
+    names
+        Where the file's model has other names: by layer, block or parameter of ``optimizer`` what it is called there, such as
+        ``{"Dense_0": "layers.0"}``. A name stands for all that begin with it and a dot.
 
     Raises
     ------
     CheckpointError
         If the file is missing, truncated, not a checkpoint of this library, or of another model or method.
     """
-    return from_arrays(optimizer, like, *read(path))
+    return from_arrays(optimizer, like, *renamed(*read(path), names or {}))
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, numpy.ndarray], header: Mapping[str, Any]) -> None:
@@ -134,6 +142,30 @@ def from_arrays(
     counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in COUNTERS]
     curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
     return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
+
+
+def renamed(arrays: Mapping[str, Any], header: Any, names: Mapping[str, str]) -> tuple[dict[str, Any], Any]:
+    """What :func:`read` gave with the names of another model: ``names`` leads from these to those in the file."""
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"`names` must lead to different names in the file, got {dict(names)}")
+    here = {there: name for name, there in names.items()}
+
+    def name_of(there: str) -> str:
+        parts = there.split(".")
+        for k in range(len(parts), 0, -1):
+            head = ".".join(parts[:k])
+            if head in here:
+                return ".".join([here[head], *parts[k:]])
+        return there
+
+    def key_of(key: str) -> str:
+        kind, _, rest = key.partition("/")
+        name, slash, field = rest.partition("/")
+        return f"{kind}/{name_of(name)}{slash}{field}" if rest else key
+
+    _check_header(header)
+    blocks = {name_of(name): block for name, block in header["blocks"].items()}
+    return {key_of(key): x for key, x in arrays.items()}, {**header, "blocks": blocks}
 
 
 def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:

@@ -69,6 +69,8 @@ class Findings:
     """Uses of a parameter outside every site, by leaf."""
     touched: set[int] = field(default_factory=set)
     """Parameters that the program uses at all."""
+    regularised: set[int] = field(default_factory=set)
+    """Parameters that also have a term of their own, which does not see the batch."""
 
     def use(self, facts: Sequence[Fact], how: str) -> None:
         """Write down that the parameters behind ``facts`` meet the batch in ``how``."""
@@ -98,9 +100,7 @@ class _Walk:
     def __init__(self, findings: Findings, shapes: list[tuple[int, ...]]) -> None:
         self.found, self.shapes = findings, shapes
 
-    def __call__(
-        self, jaxpr: Jaxpr, consts: Sequence[Fact], inputs: Sequence[Fact], path: Path, scans: tuple[int, ...]
-    ) -> list[Fact]:
+    def __call__(self, jaxpr: Jaxpr, consts: Sequence[Fact], inputs: Sequence[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         facts: dict[Any, Fact] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         reads = Counter(v for e in [*(e.invars for e in jaxpr.eqns), jaxpr.outvars] for v in e if not program.is_literal(v))
 
@@ -151,6 +151,7 @@ class _Walk:
             if not regulariser:
                 self.found.use(weights, name)
             return [BATCH] * n
+        self.found.regularised.update(*map(_leaves, weights))
         return [Function(frozenset().union(*map(_leaves, weights))) if weights else CONSTANT] * n
 
     def _product(self, equation: Equation, facts: list[Fact], operand: int, path: Path, scans: tuple[int, ...]) -> bool:
@@ -299,5 +300,5 @@ def _bias_view(site: Site, output_view: View, bias: Parameter, shape: tuple[int,
     seen, added = seen[pick], np.broadcast_to(added, sum_shape)[pick]
     if seen.size != size or not np.array_equal(seen, added):
         return None
-    final = geometry.stack[len(site.stacked) :] + (geometry.outs,)
+    final = (*geometry.stack[len(site.stacked) :], geometry.outs)
     return before if slice_shape == final else (*before, Reshape(slice_shape, final))

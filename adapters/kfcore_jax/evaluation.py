@@ -109,6 +109,5 @@ def _plus(one: Any, other: Any) -> Any:
 
 def _no_tangent(x: Any) -> Any:
 
-
     floating = jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
     return jax.numpy.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from kfcore import register_cond, register_kernel
@@ -18,7 +19,7 @@ def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[...
 
     Under ``vmap`` a branch is run if any member wants it, not always: members that train in step refresh in step.
     """
-    if not isinstance(predicate, jax.core.Tracer):
+    if not isinstance(predicate, Tracer):
         return then(*operands) if bool(predicate) else otherwise(*operands)
     branches = [_closed(branch, operands) for branch in (then, otherwise)]
 

@@ -48,8 +48,8 @@ class Layout:
     """Uses of each layer."""
     reasons: Mapping[str, str]
     """Why a parameter has the block it has, by its name in the core."""
-    output: Path | None
-    """The product that comes last in the program: the output layer."""
+    regularised: frozenset[str] = frozenset()
+    """Layers whose weight also has a term of its own in the loss, which is no part of the curvature."""
 
     def flat(self, tree: Any) -> dict[str, jax.Array]:
         """Arrays of a tree of the shape of the parameters, by their names in the core."""
@@ -71,7 +71,7 @@ class Layout:
                 reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
-        return Layout(kfcore.Model(layers, others), places, sites, reasons, self.output)
+        return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys())
 
 
 def _without_bias(layer: Linear) -> Linear:
@@ -123,22 +123,19 @@ def layout(
         places[path] = Placement(name)
         others[name] = tuple(arrays[path].shape)
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
-    last = next(reversed(found.sites), None)
-    return Layout(kfcore.Model(layers, others), places, sites, reasons, last)
+    regularised = frozenset(name for name, uses_here in sites.items() if uses_here[0].site.leaf in found.regularised)
+    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised)
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:
     """Real floating arrays of a tree by path, such as ``"params.Dense_0.kernel"``."""
-    return {
-        path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    }
+    return {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
 
 
 def path_of(keys: Sequence[Any]) -> str:
     """A path of keys as one dotted name; the ``value`` of a variable of nnx is the variable."""
     parts = [jax.tree_util.keystr((key,), simple=True) for key in keys]
-    last = keys[-1] if keys else None
-    if len(parts) > 1 and isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+    if len(parts) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and parts[-1] == "value":
         parts = parts[:-1]
     return ".".join(parts) or "parameter"
 

@@ -15,7 +15,7 @@ from kfcore import Loss, Method, fisher_vectors
 from kfcore_jax import program
 from kfcore_jax.analysis import Findings, analyse
 from kfcore_jax.evaluation import evaluate
-from kfcore_jax.layout import Layout, Sharing, layout, leaves_of
+from kfcore_jax.layout import Layout, Sharing, layout, leaves_of, path_of
 from kfcore_jax.records import Records
 from kfcore_jax.sites import Dense
 
@@ -119,8 +119,53 @@ class Model:
                 layers[name][index] = (layers[name][index][0], grads.reshape(merged))
         return Records(layers, terms)
 
+    def named_arrays(self, params: Any) -> dict[str, np.ndarray]:
+        """Parameters as NumPy arrays by name, weights as ``[out, in]``: what a PyTorch ``state_dict`` of the same layers holds."""
+        arrays = {name: np.array(x) for name, x in self.layout.flat(params).items()}
+        return {name: self._turned(name, x) for name, x in arrays.items()}
+
+    def params_from(self, arrays: Mapping[str, Any], like: Any, *, names: Mapping[str, str] | None = None) -> Any:
+        """Inverse of :meth:`named_arrays`: a tree like ``like`` from arrays by name, of this model or of a PyTorch ``state_dict``.
+
+        Parameters
+        ----------
+        arrays
+            Anything NumPy reads. Further arrays in it are left alone.
+        like
+            Parameters of this model, for structure, shapes and dtypes.
+        names
+            As in :func:`kfcore.load`: by layer or parameter of this model, what it is called in ``arrays``.
+
+        """
+        there = names or {}
+
+        def fill(keys: Any, x: Any) -> Any:
+            place = self.layout.places.get(path_of(keys))
+            if place is None:
+                return x
+            head, _, role = place.name.rpartition(".")
+            name = there.get(place.name) or (f"{there[head]}.{role}" if head in there else place.name)
+            if name not in arrays:
+                raise ValueError(f"`arrays` lack {name!r}, for the parameter {path_of(keys)}")
+            value = self._turned(place.name, np.asarray(arrays[name]))
+            shape = jax.eval_shape(place.shown, x).shape
+            if value.shape != shape:
+                raise ValueError(
+                    f"`arrays` must hold {name!r} with shape {self._turned(place.name, np.empty(shape)).shape}, got {arrays[name].shape}"
+                )
+            return place.back(jnp.asarray(value, x.dtype))
+
+        return jax.tree_util.tree_map_with_path(fill, like)
+
+    def _turned(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A weight from the layout of its layer to ``[out, in]``, or back."""
+        layer, _, role = name.rpartition(".")
+        return np.swapaxes(x, -1, -2) if role == "weight" and layer in self.layers and self.layers[layer].layout == "io" else x
+
     def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
         """Rebuild the gradient of every weight from its records and compare it with autodiff's: relative deviations by layer.
+
+        Layers whose weight has a term of its own in the loss (a penalty) are left out: that is no part of the records.
 
         Raises
         ------
@@ -133,6 +178,8 @@ class Model:
         flat = self.layout.flat(grads)
         deviations = {}
         for name, layer in self.layers.items():
+            if name in self.layout.regularised:
+                continue
             rebuilt = sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in _wide(records.layers[name]))
             expected = np.asarray(flat[f"{name}.weight"], np.float64)
             expected = expected if layer.layout == "oi" else np.swapaxes(expected, -1, -2)
@@ -173,8 +220,8 @@ def trace(
     """Find the layers in ``loss_fn(params, *args)``, which is traced but not run.
 
     Every product of a parameter with the batch is found, however the model is written: through reshapes and transpositions, ``jit``,
-    ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that are used in any other way get the fallback, and ``model.layout.reasons``
-    says why.
+    ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that are used in any other way get the fallback, and
+    ``model.layout.reasons`` says why.
 
     Parameters
     ----------
@@ -233,7 +280,7 @@ class _Tapped:
     def check_scalar(self) -> None:
         if self.has_aux and not (isinstance(self.shapes, tuple) and len(self.shapes) == 2):
             raise ValueError("`loss_fn` must return (loss, aux) with has_aux=True")
-        value = self.shapes[0] if self.has_aux else self.shapes
+        value: Any = self.shapes[0] if self.has_aux else self.shapes
         if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             came = f"an array of shape {value.shape} and dtype {value.dtype}" if hasattr(value, "shape") else type(value).__name__
             hint = "" if self.has_aux else "; for (loss, aux) set has_aux=True"
@@ -271,7 +318,8 @@ def _floating(found: Findings, floating: list[bool]) -> Findings:
         if s.leaf in number
     }
     uses = {number[leaf]: how for leaf, how in found.uses.items() if leaf in number}
-    return Findings(sites, uses, {number[leaf] for leaf in found.touched if leaf in number})
+    touched, regularised = ({number[leaf] for leaf in leaves if leaf in number} for leaves in (found.touched, found.regularised))
+    return Findings(sites, uses, touched, regularised)
 
 
 class _Draw:

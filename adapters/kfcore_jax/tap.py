@@ -13,7 +13,13 @@ _tap = Primitive(TAP)
 
 
 def tap(
-    outputs: jax.Array, inputs: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, name: str, layout: Literal["io", "oi"] = "io"
+    outputs: jax.Array,
+    inputs: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    name: str,
+    layout: Literal["io", "oi"] = "io",
 ) -> jax.Array:
     """``outputs`` themselves, marked as ``inputs @ weight + bias`` however they were computed.
 

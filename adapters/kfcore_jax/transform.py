@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import kfcore
-from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize
+from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize, schedule
 from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import merge
@@ -31,7 +31,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     @classmethod
     def of(cls, core: _Core) -> Transformation:
         """The transformation that ``core`` computes."""
-        made = cls(core.init, core.update)
+        made = cls(core.init, cast("Any", core.update))
         made.core = core
         return made
 
@@ -180,19 +180,19 @@ class _Core:
         return jax.tree.map(jnp.copy, optimizer.init(layout.flat(params)))
 
     def update(
-        self, grads: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any
+        self, updates: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any
     ) -> tuple[Any, OptimizerState]:
-        """Updates to be added to the parameters, and the new state.
+        """Updates to be added to the parameters, and the new state; ``updates`` are the gradients.
 
         Parameters
         ----------
         records
-            Of the same evaluation as ``grads``.
+            Of the same evaluation as the gradients.
         terms
             Number of terms in the loss, where the count in the records is not right.
         """
         del extra  # of other transformations in a chain
-        layout, optimizer = self.bind(grads)
+        layout, optimizer = self.bind(updates)
         if not isinstance(state, OptimizerState) or state.curvature.blocks.keys() != optimizer.preconditioner.blocks.keys():
             raise ValueError("`state` is of another model: make one by `init` from the parameters that are trained")
         if records is None:
@@ -217,16 +217,16 @@ class _Core:
                 total, _ = optimizer.across(total, local, lambda x: jax.lax.psum(x, self.axis_name))
             return total
 
-        flat = layout.flat(grads)
+        flat = layout.flat(updates)
         shown = {} if params is None else layout.flat(params)
         found, state = self._step(optimizer, shown, flat, state, statistics, everyone)
-        return _unflatten(layout, found, grads), state
+        return _unflatten(layout, found, updates), state
 
     def _step(self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, terms: Any) -> Any:
         return optimizer.update(params, grads, state, statistics, terms=terms, overrides={"damping": self._damping(state)})
 
     def _damping(self, state: OptimizerState) -> Any:
-        return kfcore.schedule.at(self.damping, state.curvature.count)
+        return schedule.at(self.damping, state.curvature.count)
 
     def _of_layout(self, layout: Layout, paths: frozenset[str] | None = None) -> None:
         optimizer = ModelOptimizer(self.method, layout.model, self.step, **self._options)
@@ -268,5 +268,3 @@ def _unflatten(layout: Layout, found: Mapping[str, jax.Array], like: Any) -> Any
         return place.back(found[place.name])
 
     return jax.tree_util.tree_map_with_path(update, like)
-
-

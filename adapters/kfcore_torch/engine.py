@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kfcore
 from kfcore import Loss, Method, ModelOptimizer, Needs, OptimizerState, StepSize
-from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, to_arrays, write
+from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, renamed, to_arrays, write
 from kfcore.optimizer import merge
 from kfcore_torch.capture import Capture
 from kfcore_torch.fisher import pull_back
@@ -289,9 +289,9 @@ class Engine:
         arrays, header = to_arrays(self.core, self.state)
         write(path, arrays, header | {"excluded": self._excluded})
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> None:
         """Read such a file."""
-        self.restore(*self._checked(*read(path)))
+        self.restore(*self._checked(*renamed(*read(path), names or {})))
 
     def restore(self, state: OptimizerState, excluded: dict[str, str]) -> None:
         """Go on from ``state``, of a model without the layers ``excluded``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ class Shell:
         """Write curvature and momentum to a file that every framework reads: see :func:`kfcore.save`."""
         self.engine.save(path)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read such a file; learning rates and the like stay as they are."""
-        self.engine.load(path)
+    def load(self, path: str | os.PathLike[str], *, names: Mapping[str, str] | None = None) -> None:
+        """Read such a file, with ``names`` as in :func:`kfcore.load`; learning rates and the like stay as they are."""
+        self.engine.load(path, names)
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model; no further step can be taken."""

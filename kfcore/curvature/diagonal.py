@@ -31,7 +31,11 @@ class Tensor:
     """A parameter of any shape that has no layer geometry."""
 
     size: tuple[int, ...]
-    stack: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Nothing is stacked: the entries are independent as they are."""
+        return ()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -79,8 +79,10 @@ def _jax(jit):
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_disable_most_optimizations", True)
         try:
-            # without jit every array has a value, and the host may branch on it
-            with hooks(kernels={}, control_flow={"jax": jax.lax.cond} if jit else {}):
+            from kfcore_jax import kernels
+
+            with hooks(kernels={}, control_flow={}):
+                kernels.register()
                 fields = {"transform": jax.jit, "eager": False} if jit else {}
                 fields["thrifty"] = True
                 yield kt.array_api_backend(jax.numpy, name=f"jax {'under jit' if jit else 'eager'}", array_type=jax.Array, **fields)
