@@ -25,7 +25,7 @@ from kfcore.preconditioner import PreconditionerState
 from kfcore.stepsize import StepState
 
 FORMAT = 1
-COUNTERS = ("count", "observed", "refreshed")
+COUNTERS = ("steps", "observed", "refreshed")
 
 
 class CheckpointError(ValueError):
@@ -139,7 +139,7 @@ def from_arrays(
         loaded[name] = from_numpy(value.astype(kind), target)
     blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
     momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum})
-    counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.count) for k in COUNTERS]
+    counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.steps) for k in COUNTERS]
     curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
     return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
 

@@ -79,7 +79,7 @@ class ModelOptimizer:
 
     def stats_due(self, state: OptimizerState) -> Any:
         """Whether the coming step wants statistics: nothing need be captured where not."""
-        return self.preconditioner.stats_due(state.curvature.count)
+        return self.preconditioner.stats_due(state.curvature.steps)
 
     def needs(self, layer: str) -> Needs:
         """What must be captured of a layer."""
@@ -131,7 +131,7 @@ class ModelOptimizer:
         grads, directions, curvature = self.directions(
             grads, state, statistics, terms=terms, loss_scale=loss_scale, damping=overrides.pop("damping", None)
         )
-        count = state.curvature.count
+        count = state.curvature.steps
         updates, step = stepsize.apply(self.step_size, params, grads, directions, state.step, count, overrides)
         return updates, OptimizerState(curvature, step)
 
@@ -159,7 +159,7 @@ class ModelOptimizer:
         directions = self.preconditioner.precondition(curvature, matrices)
         if self.step_size.graft:
             directions = stepsize.graft(matrices, directions)
-        return grads, self.model.parameters(directions), curvature._replace(count=curvature.count + 1)
+        return grads, self.model.parameters(directions), curvature._replace(steps=curvature.steps + 1)
 
     def across(
         self, statistics: Mapping[str, Any], terms: float | Array, total: Callable[[Any], Any]
@@ -187,7 +187,7 @@ class ModelOptimizer:
             return {name: count for name, count in counts.items() if count}
 
         return {
-            "steps": int(to_numpy(state.curvature.count)),
+            "steps": int(to_numpy(state.curvature.steps)),
             "skipped_steps": int(to_numpy(state.step.skipped)),
             "dropped_statistics": nonzero("dropped"),
             "kept_refreshes": nonzero("kept"),
@@ -208,7 +208,7 @@ class ModelOptimizer:
         """Take statistics where they are due: those captured, with the loss reduction undone, and those of the gradients."""
         curvature = state.curvature
         due = self.stats_due(state)
-        if statistics is None and self.model.layers and known(schedule.due(self.method.stats_every, curvature.count)):
+        if statistics is None and self.model.layers and known(schedule.due(self.method.stats_every, curvature.steps)):
             raise ValueError("`statistics` are missing at a step at which they are due: capture the layers' inputs and output gradients")
         if statistics is not None and not callable(statistics):
             captured = statistics

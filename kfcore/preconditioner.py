@@ -32,7 +32,7 @@ class Block:
 class PreconditionerState(NamedTuple):
     """Curvature of a model: arrays only."""
 
-    count: Array
+    steps: Array
     """Steps taken, 0-d int32, readable on the host."""
     observed: Array
     """Times that statistics were taken since the first that were finite in every block, 0-d int32, readable on the host."""
@@ -78,7 +78,7 @@ class Preconditioner:
 
     def observe(self, state: PreconditionerState, statistics: Mapping[str, Any]) -> PreconditionerState:
         """Take the statistics, by block, of the blocks for which they are due; the others keep their averages."""
-        blocks, count = dict(state.blocks), host(state.count)
+        blocks, count = dict(state.blocks), host(state.steps)
         for name, new in statistics.items():
             method = self._block(name).method
 
@@ -102,7 +102,7 @@ class Preconditioner:
         if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
         self._check_damping(damping)
-        blocks, count, observed, refreshed = dict(state.blocks), host(state.count), host(state.observed), host(state.refreshed)
+        blocks, count, observed, refreshed = dict(state.blocks), host(state.steps), host(state.observed), host(state.refreshed)
         first = (observed > 0) & (refreshed == 0)
         any_due = False
         for index, names in enumerate(self._groups(state)):

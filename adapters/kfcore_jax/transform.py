@@ -176,8 +176,8 @@ class _Core:
     def init(self, params: Any) -> OptimizerState:
         """State that has seen nothing."""
         layout, optimizer = self.bind(params)
-        # every array its own buffer, so that a state can be donated
-        return jax.tree.map(jnp.copy, optimizer.init(layout.flat(params)))
+        # compiled, so that every array has its own buffer (a state can be donated) and is bound to no device before the first step is
+        return jax.jit(lambda params: optimizer.init(layout.flat(params)))(params)
 
     def update(
         self, updates: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any
@@ -226,7 +226,7 @@ class _Core:
         return optimizer.update(params, grads, state, statistics, terms=terms, overrides={"damping": self._damping(state)})
 
     def _damping(self, state: OptimizerState) -> Any:
-        return schedule.at(self.damping, state.curvature.count)
+        return schedule.at(self.damping, state.curvature.steps)
 
     def _of_layout(self, layout: Layout, paths: frozenset[str] | None = None) -> None:
         optimizer = ModelOptimizer(self.method, layout.model, self.step, **self._options)

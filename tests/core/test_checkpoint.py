@@ -90,7 +90,7 @@ def test_a_file_holds_weights_out_by_in_and_a_readable_header(saved):
         header = json.loads(file.metadata()["kfcore"])
         names = set(file.keys())
         momentum = file.get_tensor("momentum/fc1.weight")
-    assert header["count"] == 5
+    assert header["steps"] == 5
     assert header["blocks"]["fc1"]["method"] == "kfac"
     assert header["blocks"]["fc1"]["shape"] == [5, 5]
     assert np.array_equal(momentum, state.step.momentum["fc1.weight"])
@@ -159,11 +159,11 @@ def without(name):
         (lambda a, h: (a | {"momentum/scale": np.ones(2)}, h), r"momentum/scale.*\(5,\).*\(2,\)"),
         (lambda a, h: (a, h | {"format": 99}), "format 99"),
         (without("format"), "format"),
-        (without("count"), "count"),
+        (without("steps"), "steps"),
         (without("observed"), "observed"),
         (without("blocks"), "blocks"),
-        (lambda a, h: (a, h | {"count": "many"}), "count"),
-        (lambda a, h: (a, h | {"count": None}), "count"),
+        (lambda a, h: (a, h | {"steps": "many"}), "steps"),
+        (lambda a, h: (a, h | {"steps": None}), "steps"),
         (lambda a, h: (a, [1, 2]), "header"),
         (lambda a, h: (a, h | {"blocks": {n: {} for n in h["blocks"]}}), "block"),
         (lambda a, h: (a, h | {"blocks": 3}), "block"),
@@ -206,7 +206,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(model, sav
 
     monkeypatch.setattr("kfcore.checkpoint.serialize" if broken == "serialize" else f"os.{broken}", fail)
     with pytest.raises(OSError, match="disk is full"):
-        kf.save(path, optimizer.bind(params), state._replace(curvature=state.curvature._replace(count=np.int32(99))))
+        kf.save(path, optimizer.bind(params), state._replace(curvature=state.curvature._replace(steps=np.int32(99))))
     assert path.read_bytes() == old
     assert os.listdir(path.parent) == [path.name]
 

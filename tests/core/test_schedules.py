@@ -72,7 +72,7 @@ def test_what_is_not_due_costs_no_call(model):
     calls = []
 
     def statistics(state):
-        calls.append(int(state.curvature.count))
+        calls.append(int(state.curvature.steps))
         return {"fc": optimizer.reduce(state, "fc", np.ones((4, 1, 3)), np.ones((4, 1, 2)))["fc"]}
 
     params = {"fc.weight": np.ones((2, 3))}

@@ -220,6 +220,6 @@ def test_an_optimizer_of_two_models_takes_each_state_for_what_it_is(rng, model):
     params = model.params(rng)
     plain = {name: params[name] for name in ("fc1", "fc2")}
     full, bare = optimizer.init(params), optimizer.init(plain)
-    later = [s._replace(curvature=s.curvature._replace(count=np.asarray(1, np.int32))) for s in (full, bare)]
+    later = [s._replace(curvature=s.curvature._replace(steps=np.asarray(1, np.int32))) for s in (full, bare)]
     assert optimizer.stats_due(later[0])
     assert not optimizer.stats_due(later[1])
