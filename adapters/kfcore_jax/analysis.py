@@ -171,6 +171,7 @@ class _Walk:
             inputs=shapes[1 - operand],
             output=tuple(equation.outvars[0].aval.shape),
             dtype=equation.outvars[0].aval.dtype,
+            varying=program.varying(equation.outvars[0]),
             numbers=equation.params["dimension_numbers"],
         )
         return True
@@ -192,6 +193,7 @@ class _Walk:
             inputs=inputs,
             output=outputs,
             dtype=equation.outvars[0].aval.dtype,
+            varying=program.varying(equation.outvars[0]),
             numbers=(((len(inputs) - 1,), (contract,)), ((), ())),
             name=name,
         )

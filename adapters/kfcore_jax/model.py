@@ -103,13 +103,17 @@ class Model:
             return outputs, inputs
 
         outputs, pull, inputs = jax.vjp(outputs_of, tapped.zeros(uses), has_aux=True)
-        draw = _Draw(key, outputs.dtype)
         terms = loss.terms(outputs, targets)
         layers: dict[str, list[Any]] = {
             name: [(use.inputs(inputs[use.site.path]), None) for use in of_layer] for name, of_layer in uses.items()
         }
-        vectors = list(fisher_vectors(method.fisher, loss, outputs, targets, draw=draw, samples=method.mc_samples))
-        pulled = jax.vmap(lambda vector: pull(vector)[0])(jnp.stack([v.astype(outputs.dtype) for v in vectors]))
+        if method.fisher == "mc":
+            assert key is not None
+            sample = lambda key: loss.sample(outputs, targets, _Draw(key, outputs.dtype))  # noqa: E731
+            vectors = jax.vmap(sample)(jax.random.split(key, method.mc_samples))
+        else:
+            vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
+        pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
         for name, of_layer in uses.items():
             for index, use in enumerate(of_layer):
                 grads = jax.vmap(use.output_grads)(pulled[use.site.path])
@@ -295,7 +299,7 @@ class _Tapped:
     def zeros(self, uses: Mapping[str, tuple[Dense, ...]]) -> dict[Any, jax.Array]:
         """Taps at the sites that will be used."""
         self.sites = {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
-        return {path: jnp.zeros(site.tap, site.dtype) for path, site in self.sites.items()}
+        return {path: program.zeros(site.tap, site.dtype, site.varying) for path, site in self.sites.items()}
 
     def __call__(self, params: Any, taps: Any) -> tuple[Any, Any, Any]:
         """Value, auxiliary output and inputs of the sites."""
@@ -325,11 +329,10 @@ def _floating(found: Findings, floating: list[bool]) -> Findings:
 class _Draw:
     """Random numbers from a key that is split anew for every call."""
 
-    def __init__(self, key: jax.Array | None, dtype: Any) -> None:
+    def __init__(self, key: jax.Array, dtype: Any) -> None:
         self.key, self.dtype = key, jnp.float64 if dtype == jnp.float64 else jnp.float32
 
     def __call__(self, kind: Literal["uniform", "normal"], shape: tuple[int, ...]) -> jax.Array:
-        assert self.key is not None
         self.key, own = jax.random.split(self.key)
         return (jax.random.uniform if kind == "uniform" else jax.random.normal)(own, shape, self.dtype)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 Jaxpr: TypeAlias = Any
@@ -50,3 +52,16 @@ def _alone(jaxpr: Jaxpr, equation: Equation, variables: list[Any]) -> ClosedJaxp
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The program of ``function`` and the shapes of its results, as a tree."""
     return jax.make_jaxpr(function, return_shape=True)(*args)
+
+
+def varying(variable: Any) -> tuple[str, ...]:
+    """Axes of a ``shard_map`` with checks over which a variable differs."""
+    return tuple(sorted(getattr(variable.aval, "vma", ())))
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Zeros that differ over ``axes``, so that their gradients are not summed over them."""
+    made = jnp.zeros(shape, dtype)
+    if not axes:
+        return made
+    return lax.pcast(made, axes, to="varying")

@@ -34,6 +34,8 @@ class Site:
     dtype: Any
     numbers: Any
     """``dimension_numbers`` of the product."""
+    varying: tuple[str, ...] = ()
+    """Axes of a ``shard_map`` over which the output differs."""
     bias: int | None = None
     bias_view: View = ()
     name: str | None = None

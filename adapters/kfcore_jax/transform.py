@@ -93,7 +93,8 @@ def optimizer(
         Method for parameters of no layer, a :class:`kfcore.Diagonal` if not given.
     axis_name
         Mapped axis (``shard_map``, ``vmap``) over which the batch is spread: statistics are summed over it. Each part's loss must be
-        its own mean (or sum), and the gradients given to ``update`` those of the whole.
+        its own mean (or sum), and the gradients given to ``update`` those of the whole: ``pmean`` of the parts', or, under
+        ``shard_map(check_vma=True)``, which already summed those of replicated parameters, divided by the size of the axis.
     group, spread
         See :class:`kfcore.Preconditioner`; ``group`` is on by default where the default device is not a CPU.
     """

@@ -102,5 +102,5 @@ def step_of(primitive: str, params: dict[str, Any], before: Shape, after: Shape)
     return () if primitive in UNCHANGED else None
 
 
-UNCHANGED = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "name", "reduce_precision", "optimization_barrier"}
+UNCHANGED = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "name", "reduce_precision", "pvary", "pcast"}
 """Primitives that leave every entry where it is; casts are undone by the dtype of what comes back."""

@@ -183,9 +183,7 @@ def test_half_a_layer_under_a_mask():
 
 def test_multi_transform_gives_each_part_its_own():
     labels = {"fc1": {"weight": "kfac", "bias": "kfac"}, "fc2": {"weight": "kfac", "bias": "kfac"}, "scale": "sgd"}
-    optimizer = optax.multi_transform(
-        {"kfac": kfcore_jax.optimizer(METHOD, MODEL, learning_rate=0.05), "sgd": optax.sgd(0.1)}, labels
-    )
+    optimizer = optax.multi_transform({"kfac": kfcore_jax.optimizer(METHOD, MODEL, learning_rate=0.05), "sgd": optax.sgd(0.1)}, labels)
     params, _ = train(optimizer, 1)
     grads = jax.grad(loss)(initial(), *data(0))
     np.testing.assert_allclose(np.asarray(params["scale"]), 1.0 - 0.1 * np.asarray(grads["scale"]), rtol=1e-12)
@@ -244,10 +242,10 @@ def test_wrong_calls():
     _, grads, records = MODEL.value_grad_and_records(params, *data(0))
     with pytest.raises(ValueError, match="`records` must be given"):
         optimizer.update(grads, state, params)
-    with pytest.raises(TypeError, match="must be kfcore_jax.Records"):
+    with pytest.raises(TypeError, match=r"must be kfcore_jax\.Records"):
         optimizer.update(grads, state, params, records={})
+    fewer = kfcore_jax.Records({"fc1": records.layers["fc1"]}, 16.0)
     with pytest.raises(ValueError, match="lack the layer fc2"):
-        fewer = kfcore_jax.Records({"fc1": records.layers["fc1"]}, 16.0)
         optimizer.update(grads, state, params, records=fewer)
     with pytest.raises(ValueError, match="of another model"):
         optimizer.update(grads, optax.sgd(0.1).init(params), params, records=records)

@@ -1,5 +1,8 @@
 """NumPy, PyTorch and JAX follow the same trajectory, and a state saved in one goes on in another."""
 
+import itertools
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ import kfcore as kf
 import kfcore_jax
 
 SIZES = (4, 6, 5, 3)
-LAYERS = {f"l{i}": (a, b) for i, (a, b) in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))}
+LAYERS = {f"l{i}": (a, b) for i, (a, b) in enumerate(itertools.pairwise(SIZES))}
 KINDS = [kf.Damping(0.05, kind, relative=relative) for kind in ("exact", "factored", "plain") for relative in (False, True)]
 
 
@@ -35,7 +38,7 @@ def gap(x, y):
 
 
 class Numpy:
-    names = {n: n for n in LAYERS}
+    names: ClassVar = {n: n for n in LAYERS}
 
     def __init__(self, method, **options):
         self.optimizer = kf.Optimizer(method, {n: kf.Linear(*s) for n, s in LAYERS.items()}, learning_rate=0.05, **options)
@@ -69,7 +72,7 @@ class Numpy:
 
 
 class Torch:
-    names = {n: n for n in LAYERS}
+    names: ClassVar = {n: n for n in LAYERS}
 
     def __init__(self, method, **options):
         torch = pytest.importorskip("torch")
@@ -121,7 +124,7 @@ class Torch:
 class Jax:
     """The kernels are stored as ``[in, out]`` under names of its own, and the first product is written as ``W^T x`` under vmap."""
 
-    names = {"l0": "first", "l1": "second", "l2": "third"}
+    names: ClassVar = {"l0": "first", "l1": "second", "l2": "third"}
 
     def __init__(self, method, **options):
         self.tree = self._from(initial())
