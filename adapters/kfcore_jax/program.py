@@ -56,7 +56,9 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
 
 def varying(variable: Any) -> tuple[str, ...]:
     """Axes of a ``shard_map`` with checks over which a variable differs."""
-    return tuple(sorted(getattr(variable.aval, "vma", ())))
+    aval = variable.aval
+    # an attribute of its own until JAX 0.9, part of a type since
+    return tuple(sorted(aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else getattr(aval, "vma", ())))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> jax.Array:
