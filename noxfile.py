@@ -6,7 +6,7 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "contracts", "core", "torch", "wheel"]
+nox.options.sessions = ["lint", "types", "contracts", "core", "torch", "jax", "wheel"]
 
 CONSTRAINTS = ("-c", "constraints/cpu.txt")
 GROUPS = nox.project.load_toml("pyproject.toml")
@@ -31,6 +31,13 @@ def torch(session: nox.Session) -> None:
 
 
 @nox.session
+def jax(session: nox.Session) -> None:
+    """Everything, with PyTorch, JAX and the model libraries that the JAX adapter is tested with."""
+    session.install(*CONSTRAINTS, "-e", ".[all]", *group("test"), *group("models"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     session.install(*group("lint"))
     session.run("ruff", "check", ".")
@@ -39,14 +46,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    session.install(*CONSTRAINTS, "-e", ".[torch,cli]", *group("types"))
+    session.install(*CONSTRAINTS, "-e", ".[all]", *group("types"))
     session.run("pyright")
 
 
 @nox.session
 def contracts(session: nox.Session) -> None:
     """The floors of the house: who may import whom."""
-    session.install(*CONSTRAINTS, "-e", ".[torch,cli]", *group("contracts"))
+    session.install(*CONSTRAINTS, "-e", ".[all]", *group("contracts"))
     session.run("lint-imports")
 
 
@@ -57,9 +64,9 @@ def wheel(session: nox.Session) -> None:
     out = Path(session.create_tmp()) / "dist"
     session.run("python", "-m", "build", "--outdir", str(out), silent=True)
     built = max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime)
-    session.install(*CONSTRAINTS, f"kfcore[torch,cli] @ {built.resolve().as_uri()}")
+    session.install(*CONSTRAINTS, f"kfcore[all] @ {built.resolve().as_uri()}")
     session.chdir(session.create_tmp())
-    session.run("python", "-c", "import kfcore, kfcore.testing, kfcore_torch, kfcore_cli.race.command; print(kfcore.__file__)")
+    session.run("python", "-c", "import kfcore, kfcore.testing, kfcore_torch, kfcore_jax, kfcore_cli.race.command; print(kfcore.__file__)")
     session.run("kfcore", "--help", silent=True)
 
 
