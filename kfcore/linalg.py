@@ -49,8 +49,7 @@ def damped(xp: Namespace, x: Array, damping: Array) -> Array:
     The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
     floating point only one above its rounding errors does.
     """
-    damping = carried(xp, damping, xp.linalg.trace(x))
-    return x + damping[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+    return shift(xp, x, carried(xp, damping, xp.linalg.trace(x)))
 
 
 @primitive
@@ -70,6 +69,12 @@ def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: boo
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)
+
+
+@primitive
+def shift(xp: Namespace, x: Array, value: Array) -> Array:
+    """``x + value I`` for ``x [..., n, n]`` and ``value [...]``."""
+    return x + value[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
 
 
 @primitive

@@ -24,16 +24,21 @@ def number(xp: Any, value: Tensor) -> float | Tensor:
 
 
 def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | Tensor) -> Tensor:
-    """With one pass less: the second term is added in the pass that makes it."""
+    """With one pass and one array less: the second term is added in the pass that makes it, into the first."""
     if isinstance(ok, bool):
         if not ok:
             return old
-        if isinstance(keep, float) and isinstance(weight, float) and weight == 1.0:
-            return torch.add(new, old, alpha=keep)
-        return torch.add(old * keep, new, alpha=weight) if isinstance(weight, float) else torch.addcmul(old * keep, new, weight)
+        if isinstance(keep, float) and isinstance(weight, float):
+            return torch.add(new, old, alpha=keep) if weight == 1.0 else torch.mul(old, keep).add_(new, alpha=weight)
+        return torch.addcmul(old * keep, new, weight) if isinstance(weight, Tensor) else torch.add(old * keep, new, alpha=weight)
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
+
+
+def shift(xp: Any, x: Tensor, value: Tensor) -> Tensor:
+    """Only the diagonal is added to: no identity is made, and no product of it."""
+    return torch.diagonal_scatter(x, x.diagonal(dim1=-2, dim2=-1) + value[..., None], dim1=-2, dim2=-1)
 
 
 def sandwich(xp: Any, left: Tensor, x: Tensor, right: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, blend, sandwich, invert, eigh):
+    for kernel in (truth, number, blend, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

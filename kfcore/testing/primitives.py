@@ -92,6 +92,14 @@ class PrimitiveTests:
                 desired = args[0] @ args[1] @ args[2]
                 self._compare(f"{what} of {shapes}", run(*self.backend.put(args, dtype)), desired, dtype)
 
+    def test_shift(self) -> None:
+        """A multiple of the identity is added, to each matrix of a stack its own."""
+        rng = np.random.default_rng(7)
+        for what, run, leading, dtype in self._cases("shift"):
+            x, value = rng.normal(size=(*leading, 3, 3)), rng.uniform(0.5, 1.0, size=leading)
+            args = self.backend.put((x, np.asarray(value)), dtype)
+            self._compare(what, run(*args), x + np.multiply.outer(value, np.eye(3)), dtype)
+
     def test_blend(self) -> None:
         """A weighted sum where it is wanted; NaN and infinities of the rest stay out, and the old value is kept bit for bit."""
         rng = np.random.default_rng(3)
