@@ -86,7 +86,7 @@ def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
 def scalar(xp: Namespace, value: float | Array, like: Array) -> Array:
     """``value`` as a 0-d array (or as the array it is) in the dtype and on the device of ``like``."""
     if isinstance(value, (int, float, numpy.generic)):
-        return xp.asarray(float(value), dtype=like.dtype, device=device(like))
+        return xp.full((), float(value), dtype=like.dtype, device=device(like))
     return cast(xp, value, like.dtype)
 
 

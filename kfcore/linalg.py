@@ -34,13 +34,13 @@ def identity(xp: Namespace, like: Array, n: int, leading: tuple[int, ...] = ()) 
 
 def mean_diagonal(xp: Namespace, x: Array) -> Array:
     """Mean of the diagonal of ``x [..., n, n]``, shape ``[...]``: the mean eigenvalue of a symmetric matrix."""
-    return xp.linalg.trace(x) / x.shape[-1]
+    return trace(xp, x) / x.shape[-1]
 
 
 def carried(xp: Namespace, damping: Array, size: Array) -> Array:
     """``damping`` raised to what the dtype can carry beside eigenvalues of ``size``, all ``[...]``."""
-    eps, tiny = xp.finfo(size.dtype).eps, xp.finfo(size.dtype).smallest_normal
-    return xp.maximum(damping + xp.zeros_like(size), FLOOR * eps * size + tiny)
+    info = xp.finfo(size.dtype)
+    return xp.maximum(damping, FLOOR * info.eps * size + info.smallest_normal)
 
 
 def damped(xp: Namespace, x: Array, damping: Array) -> Array:
@@ -49,7 +49,13 @@ def damped(xp: Namespace, x: Array, damping: Array) -> Array:
     The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
     floating point only one above its rounding errors does.
     """
-    return shift(xp, x, carried(xp, damping, xp.linalg.trace(x)))
+    return shift(xp, x, carried(xp, damping, trace(xp, x)))
+
+
+@primitive
+def trace(xp: Namespace, x: Array) -> Array:
+    """Sum of the diagonal of ``x [..., n, n]``: ``[...]``."""
+    return xp.linalg.trace(x)
 
 
 @primitive

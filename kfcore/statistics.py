@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from kfcore._array import Array, Namespace, device, finite, number, scalar, truth
-from kfcore.linalg import blend
+from kfcore.linalg import blend, trace
 
 Number: TypeAlias = Any
 """A Python float or a 0-d array."""
@@ -101,7 +101,7 @@ def observe(
     semi-definite matrices, whose finite diagonal bounds all other entries, so that their trace is looked at instead of n^2 numbers;
     for others give ``size``, a sum of all entries.
     """
-    measure: Callable[[Array], Array] = xp.linalg.trace if size is None else size
+    measure: Callable[[Array], Array] = functools.partial(trace, xp) if size is None else size
     parts, positive = [], True
     for value, total, count in zip(average.values, totals, counts, strict=True):
         if value is not None:

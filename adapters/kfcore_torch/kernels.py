@@ -36,6 +36,11 @@ def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | 
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
 
 
+def trace(xp: Any, x: Tensor) -> Tensor:
+    """Of one matrix in a single call."""
+    return torch.trace(x) if x.ndim == 2 else xp.linalg.trace(x)
+
+
 def shift(xp: Any, x: Tensor, value: Tensor) -> Tensor:
     """Only the diagonal is added to: no identity is made, and no product of it."""
     return torch.diagonal_scatter(x, x.diagonal(dim1=-2, dim2=-1) + value[..., None], dim1=-2, dim2=-1)
@@ -69,7 +74,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, blend, shift, sandwich, invert, eigh):
+    for kernel in (truth, number, blend, trace, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 
@@ -77,7 +82,7 @@ def _readable(flag: Tensor) -> bool:
     """Whether the host can branch on a 0-d tensor at once: on the CPU, and neither compiled nor batched."""
     return (
         flag.ndim == 0
-        and flag.device.type == "cpu"
+        and flag.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )

@@ -92,6 +92,13 @@ class PrimitiveTests:
                 desired = args[0] @ args[1] @ args[2]
                 self._compare(f"{what} of {shapes}", run(*self.backend.put(args, dtype)), desired, dtype)
 
+    def test_trace(self) -> None:
+        """Sum of the diagonal, of each matrix of a stack its own."""
+        rng = np.random.default_rng(8)
+        for what, run, leading, dtype in self._cases("trace"):
+            x = rng.normal(size=(*leading, 3, 3))
+            self._compare(what, run(self.backend.put(x, dtype)), np.einsum("...ii->...", x), dtype)
+
     def test_shift(self) -> None:
         """A multiple of the identity is added, to each matrix of a stack its own."""
         rng = np.random.default_rng(7)
