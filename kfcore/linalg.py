@@ -6,9 +6,11 @@ that a library may override (:func:`kfcore.register_kernel`); what stands here i
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
-from kfcore._array import Array, Namespace, device, primitive
+from kfcore._array import Array, Namespace, cast, device, number, primitive
 
 FLOOR = 10.0
 """Least damping of a factor, in machine epsilons times its trace: below it the damped factor is not definite in practice."""
@@ -75,6 +77,19 @@ def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: boo
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)
+
+
+@primitive
+def total(xp: Namespace, arrays: list[Array]) -> float | Array:
+    """Sum of all entries of all ``arrays``, 0-d in the dtype of the first: a float where :func:`number` gives one."""
+    sums = [number(xp, xp.sum(x)) for x in arrays]
+    return functools.reduce(operator.add, [s if isinstance(s, float) else cast(xp, s, arrays[0].dtype) for s in sums])
+
+
+@primitive
+def scale_all(xp: Namespace, arrays: list[Array], factors: list[Any]) -> list[Array]:
+    """``factor x`` for each ``x`` of ``arrays`` with its factor, a float or 0-d."""
+    return [factor * x for x, factor in zip(arrays, factors, strict=True)]
 
 
 @primitive

@@ -41,6 +41,21 @@ def trace(xp: Any, x: Tensor) -> Tensor:
     return torch.trace(x) if x.ndim == 2 else xp.linalg.trace(x)
 
 
+def total(xp: Any, arrays: list[Tensor]) -> float | Tensor:
+    """All sums first, then all reads."""
+    sums = [torch.sum(x) for x in arrays]
+    if all(map(_readable, sums)):
+        return sum(map(float, sums))
+    return torch.stack([s.to(arrays[0].dtype) for s in sums]).sum()
+
+
+def scale_all(xp: Any, arrays: list[Tensor], factors: list[Any]) -> list[Tensor]:
+    """In one call for all."""
+    if all(isinstance(factor, float) for factor in factors):
+        return torch._foreach_mul(arrays, factors)
+    return [factor * x for x, factor in zip(arrays, factors, strict=True)]
+
+
 def shift(xp: Any, x: Tensor, value: Tensor) -> Tensor:
     """Only the diagonal is added to: no identity is made, and no product of it."""
     return torch.diagonal_scatter(x, x.diagonal(dim1=-2, dim2=-1) + value[..., None], dim1=-2, dim2=-1)
@@ -74,7 +89,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, blend, trace, shift, sandwich, invert, eigh):
+    for kernel in (truth, number, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

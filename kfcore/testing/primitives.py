@@ -92,6 +92,37 @@ class PrimitiveTests:
                 desired = args[0] @ args[1] @ args[2]
                 self._compare(f"{what} of {shapes}", run(*self.backend.put(args, dtype)), desired, dtype)
 
+    def test_total(self) -> None:
+        """Sum over arrays of several shapes and dtypes, as a float or in the dtype of the first; a NaN among them is seen."""
+        rng = np.random.default_rng(9)
+        arrays = [rng.normal(size=(2, 3)), rng.normal(size=4).astype("float32"), rng.normal(size=())]
+        for which, function in implementations("total", self.backend.library).items():
+            for bad in (0.0, np.nan):
+                what = f"total ({which}) with {bad}"
+                result = self.backend.call(
+                    lambda *x, function=function: function(namespace(x[0]), list(x)), *self.backend.put((*arrays[:2], arrays[2] + bad))
+                )
+                desired = sum(float(x.sum()) for x in arrays) + bad
+                if isinstance(result, float):
+                    assert np.isclose(result, desired, rtol=1e-6, equal_nan=True), f"{what}: got {result}"
+                else:
+                    self._compare(what, result, desired, "float64")
+
+    def test_scale_all(self) -> None:
+        """Each array times its own factor, a float or 0-d."""
+        rng = np.random.default_rng(10)
+        arrays = [rng.normal(size=(2, 3)), rng.normal(size=4)]
+        for which, function in implementations("scale_all", self.backend.library).items():
+            for factors in ([0.5, -2.0], [np.asarray(0.5), np.asarray(-2.0)]):
+                floats = [f for f in factors if isinstance(f, float)]
+
+                def run(*args: Any, function: Callable[..., Any] = function, floats: list[float] = floats) -> Any:
+                    return function(namespace(args[0]), list(args[:2]), floats or list(args[2:]))
+
+                result = self.backend.call(run, *self.backend.put((*arrays, *([] if floats else factors))))
+                for got, x, factor in zip(result, arrays, factors, strict=True):
+                    self._compare(f"scale_all ({which})", got, x * factor, "float64")
+
     def test_trace(self) -> None:
         """Sum of the diagonal, of each matrix of a stack its own."""
         rng = np.random.default_rng(8)
