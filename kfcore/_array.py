@@ -197,6 +197,16 @@ def number(xp: Namespace, value: Array) -> float | Array:
     return value
 
 
+@primitive
+def append(xp: Namespace, x: Array, column: float | Array) -> Array:
+    """``x [..., m, n]`` with one more column, ``[..., m]`` or a number: ``[..., m, n + 1]``."""
+    if isinstance(column, float):
+        last = xp.full((*x.shape[:-1], 1), column, dtype=x.dtype, device=device(x))
+    else:
+        last = column[..., :, None]
+    return xp.concat([x, last], axis=-1)
+
+
 def finite(xp: Namespace, value: float | Array) -> bool | Array:
     """Whether a number that may be the host's is finite."""
     return math.isfinite(value) if isinstance(value, float) else xp.isfinite(value)

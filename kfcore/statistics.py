@@ -43,7 +43,7 @@ class KroneckerStatistics(NamedTuple):
         This is how a loss reduction is undone at no cost. If the captured gradients are ``g / M`` (a loss that is a mean over
         M terms) then ``over(1 / M)`` gives the mean over the terms of ``g g^T``; if they are ``g`` (a sum), ``over(M)`` does.
         """
-        return self._replace(output_count=count)
+        return KroneckerStatistics(self.input_sum, self.input_count, self.output_sum, count)
 
     def weighing(self, count: Number) -> KroneckerStatistics:
         """The same mean ``G`` written as a sum over ``count``, so that parts of one batch from several ranks can be added."""

@@ -36,6 +36,12 @@ def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | 
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
 
 
+def append(xp: Any, x: Tensor, column: float | Tensor) -> Tensor:
+    """Past the promotion rules of the general concatenation."""
+    last = column.unsqueeze(-1) if isinstance(column, Tensor) else x.new_full((*x.shape[:-1], 1), column)
+    return torch.cat([x, last], dim=-1)
+
+
 def trace(xp: Any, x: Tensor) -> Tensor:
     """Of one matrix in a single call."""
     return torch.trace(x) if x.ndim == 2 else xp.linalg.trace(x)
@@ -89,7 +95,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
+    for kernel in (truth, number, append, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

@@ -75,6 +75,17 @@ class PrimitiveTests:
                 got = result if isinstance(result, float) else self.backend.to_numpy(result)
                 assert np.array_equal(got, value), f"{self.backend.name}: number ({which}) of {value}: got {result}"
 
+    def test_append(self) -> None:
+        """One more column, of numbers or of one number."""
+        rng = np.random.default_rng(11)
+        for what, run, leading, dtype in self._cases("append"):
+            x, column = rng.normal(size=(*leading, 3, 2)), rng.normal(size=(*leading, 3))
+            self._compare(what, run(*self.backend.put((x, column), dtype)), np.concatenate([x, column[..., None]], axis=-1), dtype)
+        for which, function in implementations("append", self.backend.library).items():
+            x = rng.normal(size=(3, 2))
+            result = self.backend.call(lambda x, function=function: function(namespace(x), x, 1.0), self.backend.put(x))
+            self._compare(f"append ({which}) of ones", result, np.concatenate([x, np.ones((3, 1))], axis=-1), "float64")
+
     def test_gram(self) -> None:
         """Sum of outer products of the rows."""
         rng = np.random.default_rng(1)
