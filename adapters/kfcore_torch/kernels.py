@@ -58,7 +58,7 @@ def total(xp: Any, arrays: list[Tensor]) -> float | Tensor:
 def scale_all(xp: Any, arrays: list[Tensor], factors: list[Any]) -> list[Tensor]:
     """In one call for all."""
     if all(isinstance(factor, float) for factor in factors):
-        return torch._foreach_mul(arrays, factors)
+        return list(torch._foreach_mul(arrays, factors))  # pyright: ignore[reportPrivateImportUsage]
     return [factor * x for x, factor in zip(arrays, factors, strict=True)]
 
 
@@ -83,8 +83,8 @@ def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     The result is exactly symmetric; its transpose has its rows contiguous, as an inverse read from a checkpoint has.
     """
-    factor, info = torch.linalg.cholesky_ex(x)
-    return torch.cholesky_inverse(factor).mT, info == 0
+    factor, info = torch.linalg.cholesky_ex(x, upper=True)
+    return torch.cholesky_inverse(factor, upper=True).mT, info == 0
 
 
 def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +102,5 @@ def register() -> None:
 def _readable(flag: Tensor) -> bool:
     """Whether the host can branch on a 0-d tensor at once: on the CPU, and neither compiled nor batched."""
     return (
-        flag.ndim == 0
-        and flag.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        flag.ndim == 0 and flag.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )
