@@ -200,11 +200,8 @@ def number(xp: Namespace, value: Array) -> float | Array:
 @primitive
 def append(xp: Namespace, x: Array, column: float | Array) -> Array:
     """``x [..., m, n]`` with one more column, ``[..., m]`` or a number: ``[..., m, n + 1]``."""
-    if isinstance(column, float):
-        last = xp.full((*x.shape[:-1], 1), column, dtype=x.dtype, device=device(x))
-    else:
-        last = column[..., :, None]
-    return xp.concat([x, last], axis=-1)
+    last: Array = xp.full(x.shape[:-1], column, dtype=x.dtype, device=device(x)) if isinstance(column, float) else column
+    return xp.concat([x, last[..., :, None]], axis=-1)
 
 
 def finite(xp: Namespace, value: float | Array) -> bool | Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, number, scalar, truth
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, scalar, truth
 from kfcore.curvature.base import count_failure
 from kfcore.damping import check_positive
 from kfcore.linalg import blend, scale_all, total

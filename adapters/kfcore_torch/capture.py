@@ -99,14 +99,12 @@ class _Hook:
         # a compiler leaves the hook out of its program; otherwise its switch costs more than the hook
         (self._outside if torch.compiler.is_compiling() else self._use)(module, args, kwargs, output)
 
-    @torch.compiler.disable
-    def _outside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        self._use(module, args, kwargs, output)
-
     def _use(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         capture = self.capture()
         if capture is not None and self.module() is module:
             capture.use(self.layer, args[0] if args else kwargs["input"], output, module.training)
+
+    _outside: Any = torch.compiler.disable(_use)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
         return _Inert()

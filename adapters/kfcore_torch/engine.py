@@ -207,7 +207,8 @@ class Engine:
         silent = {}
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
-            if self.layout.model.roles(name)["weight"] in grads and self._statistics.keys().isdisjoint(self.layout.model.blocks(name).values()):
+            blocks = self.layout.model.blocks(name).values()
+            if self.layout.model.roles(name)["weight"] in grads and self._statistics.keys().isdisjoint(blocks):
                 silent[name] = f"its weight is used, but {unseen}"
         if not silent:
             return
