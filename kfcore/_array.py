@@ -86,7 +86,7 @@ def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
 def scalar(xp: Namespace, value: float | Array, like: Array) -> Array:
     """``value`` as a 0-d array (or as the array it is) in the dtype and on the device of ``like``."""
     if isinstance(value, (int, float, numpy.generic)):
-        return xp.asarray(float(value), dtype=like.dtype, device=device(like))
+        return xp.full((), float(value), dtype=like.dtype, device=device(like))
     return cast(xp, value, like.dtype)
 
 
@@ -195,6 +195,13 @@ def truth(xp: Namespace, flag: bool | Array) -> bool | Array:
 def number(xp: Namespace, value: Array) -> float | Array:
     """``value`` as a float under the conditions of :func:`truth`, so that arithmetic with it is the host's; else itself."""
     return value
+
+
+@primitive
+def append(xp: Namespace, x: Array, column: float | Array) -> Array:
+    """``x [..., m, n]`` with one more column, ``[..., m]`` or a number: ``[..., m, n + 1]``."""
+    last: Array = xp.full(x.shape[:-1], column, dtype=x.dtype, device=device(x)) if isinstance(column, float) else column
+    return xp.concat([x, last[..., :, None]], axis=-1)
 
 
 def finite(xp: Namespace, value: float | Array) -> bool | Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kfcore._array import Array, Namespace, Schedule, scalar
-from kfcore.linalg import FLOOR, eigh, mean_diagonal
+from kfcore.linalg import FLOOR, eigh, mean_diagonal, trace
 
 Kind = Literal["exact", "factored", "plain"]
 Norm = Literal["mean", "trace", "frobenius", "spectral", "median"]
@@ -72,10 +72,12 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
 
 def strength(xp: Namespace, rule: Damping, value: float | Array, a: Array, g: Array | None) -> Array:
     """``lambda`` of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]``."""
+    value = scalar(xp, value, a) + xp.zeros_like(a[..., 0, 0])
+    if not rule.relative:
+        return value
     unit = mean_diagonal(xp, a) if g is None else mean_diagonal(xp, a) * mean_diagonal(xp, g)
-    value = scalar(xp, value, a) + xp.zeros_like(unit)
     # a block that has seen only zeros has no scale of its own: there lambda is absolute
-    return xp.where(unit > 0, value * unit, value) if rule.relative else value
+    return xp.where(unit > 0, value * unit, value)
 
 
 def split(xp: Namespace, rule: Damping, damping: Array, a: Array, g: Array) -> tuple[Array, Array]:
@@ -96,10 +98,10 @@ def size(xp: Namespace, x: Array, norm: Norm) -> Array:
     if norm == "mean":
         return mean_diagonal(xp, x)
     if norm == "trace":
-        return xp.linalg.trace(x)
+        return trace(xp, x)
     if norm == "frobenius":
         # scaled by the trace, which bounds every entry, so that squares neither overflow nor vanish
-        total = xp.linalg.trace(x)
+        total = trace(xp, x)
         unit = xp.where(total > 0, total, xp.ones_like(total))
         return total * xp.sqrt(xp.sum((x / unit[..., None, None]) ** 2, axis=(-2, -1)))
     values, _, _ = eigh(xp, x)

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
-from kfcore._array import Array, Namespace, cast, device, namespace
+from kfcore._array import Array, Namespace, append, cast, device, namespace
 
 Sharing = Literal["expand", "reduce"]
 Parameters = Mapping[str, Array]
@@ -118,8 +118,7 @@ class Linear:
             return {".weight": weight, ".bias": params["bias"][..., :, None]}
         if self.bias is None:
             return {"": weight}
-        xp = namespace(weight)
-        return {"": xp.concat([weight, params["bias"][..., :, None]], axis=-1)}
+        return {"": append(namespace(weight), weight, params["bias"])}
 
     def parameters_of(self, matrices: Mapping[str, Array]) -> dict[str, Array]:
         """Inverse of :meth:`matrices`."""
@@ -154,8 +153,7 @@ class Linear:
         rows = _merge(xp, inputs) if self.sharing == "expand" else xp.mean(inputs, axis=-2)
         if self.bias != "joint":
             return rows
-        one = xp.ones((*rows.shape[:-1], 1), dtype=dtype, device=device(rows))
-        return xp.concat([rows, one], axis=-1)
+        return append(xp, rows, 1.0)
 
     def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
         """Rows ``[..., n, out]``; n = N S for expand, N for reduce."""

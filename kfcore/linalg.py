@@ -6,9 +6,11 @@ that a library may override (:func:`kfcore.register_kernel`); what stands here i
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
-from kfcore._array import Array, Namespace, device, primitive
+from kfcore._array import Array, Namespace, cast, device, number, primitive
 
 FLOOR = 10.0
 """Least damping of a factor, in machine epsilons times its trace: below it the damped factor is not definite in practice."""
@@ -34,13 +36,13 @@ def identity(xp: Namespace, like: Array, n: int, leading: tuple[int, ...] = ()) 
 
 def mean_diagonal(xp: Namespace, x: Array) -> Array:
     """Mean of the diagonal of ``x [..., n, n]``, shape ``[...]``: the mean eigenvalue of a symmetric matrix."""
-    return xp.linalg.trace(x) / x.shape[-1]
+    return trace(xp, x) / x.shape[-1]
 
 
 def carried(xp: Namespace, damping: Array, size: Array) -> Array:
     """``damping`` raised to what the dtype can carry beside eigenvalues of ``size``, all ``[...]``."""
-    eps, tiny = xp.finfo(size.dtype).eps, xp.finfo(size.dtype).smallest_normal
-    return xp.maximum(damping + xp.zeros_like(size), FLOOR * eps * size + tiny)
+    info = xp.finfo(size.dtype)
+    return xp.maximum(damping, FLOOR * info.eps * size + info.smallest_normal)
 
 
 def damped(xp: Namespace, x: Array, damping: Array) -> Array:
@@ -49,8 +51,13 @@ def damped(xp: Namespace, x: Array, damping: Array) -> Array:
     The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
     floating point only one above its rounding errors does.
     """
-    damping = carried(xp, damping, xp.linalg.trace(x))
-    return x + damping[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+    return shift(xp, x, carried(xp, damping, trace(xp, x)))
+
+
+@primitive
+def trace(xp: Namespace, x: Array) -> Array:
+    """Sum of the diagonal of ``x [..., n, n]``: ``[...]``."""
+    return xp.linalg.trace(x)
 
 
 @primitive
@@ -70,6 +77,25 @@ def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: boo
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)
+
+
+@primitive
+def total(xp: Namespace, arrays: list[Array]) -> float | Array:
+    """Sum of all entries of all ``arrays``, 0-d in the dtype of the first: a float where :func:`number` gives one."""
+    sums = [number(xp, xp.sum(x)) for x in arrays]
+    return functools.reduce(operator.add, [s if isinstance(s, float) else cast(xp, s, arrays[0].dtype) for s in sums])
+
+
+@primitive
+def scale_all(xp: Namespace, arrays: list[Array], factors: list[Any]) -> list[Array]:
+    """``factor x`` for each ``x`` of ``arrays`` with its factor, a float or 0-d."""
+    return [factor * x for x, factor in zip(arrays, factors, strict=True)]
+
+
+@primitive
+def shift(xp: Namespace, x: Array, value: Array) -> Array:
+    """``x + value I`` for ``x [..., n, n]`` and ``value [...]``."""
+    return x + value[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
 
 
 @primitive

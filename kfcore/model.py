@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +28,24 @@ class Model:
     others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def roles(self, layer: str) -> dict[str, str]:
+    @functools.cached_property
+    def _roles(self) -> dict[str, dict[str, str]]:
+        return {
+            name: {role: self.names.get(name, {}).get(role, f"{name}.{role}") for role in layer.parameters}
+            for name, layer in self.layers.items()
+        }
+
+    @functools.cached_property
+    def _blocks(self) -> dict[str, dict[str, str]]:
+        return {name: {suffix: name + suffix for suffix in layer.blocks()} for name, layer in self.layers.items()}
+
+    def roles(self, layer: str) -> Mapping[str, str]:
         """Parameter names of a layer by role."""
-        given = self.names.get(layer, {})
-        return {role: given.get(role, f"{layer}.{role}") for role in self.layers[layer].parameters}
+        return self._roles[layer]
+
+    def blocks(self, layer: str) -> Mapping[str, str]:
+        """Block names of a layer by suffix."""
+        return self._blocks[layer]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by name."""
@@ -42,10 +57,9 @@ class Model:
     def block_names(self) -> dict[str, list[str]]:
         """Names of the blocks of each parameter's layer (or of itself), by parameter."""
         names = {}
-        for name, layer in self.layers.items():
-            blocks = list(layer.blocks())
+        for name in self.layers:
             for role, parameter in self.roles(name).items():
-                names[parameter] = [name + b for b in blocks if b in ("", f".{role}")]
+                names[parameter] = [block for suffix, block in self.blocks(name).items() if suffix in ("", f".{role}")]
         return names | {name: [name] for name in self.others}
 
     def matrices(self, values: Mapping[str, Array]) -> dict[str, Array]:
@@ -59,17 +73,20 @@ class Model:
             if len(given) < len(roles):
                 missing = [parameter for parameter in roles.values() if parameter not in values]
                 raise ValueError(f"`grads` hold some of the parameters of layer {name!r} but not {', '.join(missing)}")
-            matrices |= {name + suffix: matrix for suffix, matrix in layer.matrices(given).items()}
+            blocks = self.blocks(name)
+            for suffix, matrix in layer.matrices(given).items():
+                matrices[blocks[suffix]] = matrix
         return matrices | {name: values[name] for name in self.others if name in values}
 
     def parameters(self, matrices: Mapping[str, Array]) -> dict[str, Array]:
         """Inverse of :meth:`matrices`."""
         values = {}
         for name, layer in self.layers.items():
-            parts = {suffix: matrices[name + suffix] for suffix in layer.blocks() if name + suffix in matrices}
+            parts = {suffix: matrices[block] for suffix, block in self.blocks(name).items() if block in matrices}
             if parts:
                 roles = self.roles(name)
-                values |= {roles[role]: value for role, value in layer.parameters_of(parts).items()}
+                for role, value in layer.parameters_of(parts).items():
+                    values[roles[role]] = value
         return values | {name: matrices[name] for name in self.others if name in matrices}
 
 

@@ -84,18 +84,18 @@ class ModelOptimizer:
     def needs(self, layer: str) -> Needs:
         """What must be captured of a layer."""
         needs = Needs.NOTHING
-        for suffix in self.model.layers[layer].blocks():
-            block = self.preconditioner.blocks[layer + suffix]
+        for name in self.model.blocks(layer).values():
+            block = self.preconditioner.blocks[name]
             needs |= block.method.requires(block.layer)
         return needs
 
     def reduce(self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None) -> dict[str, Any]:
         """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``."""
         statistics = {}
-        for suffix in self.model.layers[layer].blocks():
-            block = self.preconditioner.blocks[layer + suffix]
-            old = state.curvature.blocks[block.name]
-            statistics[block.name] = block.method.reduce(block.layer, old, inputs, output_grads)
+        for name in self.model.blocks(layer).values():
+            block = self.preconditioner.blocks[name]
+            old = state.curvature.blocks[name]
+            statistics[name] = block.method.reduce(block.layer, old, inputs, output_grads)
         return statistics
 
     def update(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from kfcore._array import Array, Namespace, device, finite, number, scalar, truth
-from kfcore.linalg import blend
+from kfcore.linalg import blend, trace
 
 Number: TypeAlias = Any
 """A Python float or a 0-d array."""
@@ -43,7 +43,7 @@ class KroneckerStatistics(NamedTuple):
         This is how a loss reduction is undone at no cost. If the captured gradients are ``g / M`` (a loss that is a mean over
         M terms) then ``over(1 / M)`` gives the mean over the terms of ``g g^T``; if they are ``g`` (a sum), ``over(M)`` does.
         """
-        return self._replace(output_count=count)
+        return KroneckerStatistics(self.input_sum, self.input_count, self.output_sum, count)
 
     def weighing(self, count: Number) -> KroneckerStatistics:
         """The same mean ``G`` written as a sum over ``count``, so that parts of one batch from several ranks can be added."""
@@ -101,7 +101,7 @@ def observe(
     semi-definite matrices, whose finite diagonal bounds all other entries, so that their trace is looked at instead of n^2 numbers;
     for others give ``size``, a sum of all entries.
     """
-    measure: Callable[[Array], Array] = xp.linalg.trace if size is None else size
+    measure: Callable[[Array], Array] = functools.partial(trace, xp) if size is None else size
     parts, positive = [], True
     for value, total, count in zip(average.values, totals, counts, strict=True):
         if value is not None:

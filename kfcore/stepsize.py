@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule
-from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, number, scalar, truth
+from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, scalar, truth
 from kfcore.curvature.base import count_failure
 from kfcore.damping import check_positive
-from kfcore.linalg import blend
+from kfcore.linalg import blend, scale_all, total
 
 Values = Mapping[str, Any] | Any
 """One value for all parameters, or one a parameter by name."""
@@ -125,12 +125,13 @@ def apply(
     first = next(iter(directions.values()))
     xp = namespace(first)
     scale = None if values["clip"] is None else clip_scale(values["clip"], values["learning_rate"], grads, directions)
-    ok = truth(xp, _finite(xp, directions, [*_numbers(values), *([] if scale is None else [scale])]))
+    mu = _plain(values["momentum"])
+    rates, decays = (_each(values[key], directions) for key in ("learning_rate", "weight_decay"))
+    ok = truth(xp, _finite(xp, directions, [mu, *rates, *decays, scale]))
     guard = _Guard(xp, ok)
-    updates: dict[str, Array] = {}
+    made: list[Array] = []
     momentum = dict(state.momentum)
-    for name, d in directions.items():
-        lr, mu, wd = (_value(values[key], name) for key in ("learning_rate", "momentum", "weight_decay"))
+    for (name, d), wd in zip(directions.items(), decays, strict=True):
         if scale is not None:
             d = d * cast(xp, scale, d.dtype)
         if step.decay == "coupled" and _nonzero(wd):
@@ -143,8 +144,9 @@ def apply(
             d = d + guard(mu, 0.0, d) * momentum[name] if step.nesterov else momentum[name]
         if step.decay == "decoupled" and _nonzero(wd):
             d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
-        updates[name] = guard(lr, 0.0, d, sign=-1.0) * d
-    return updates, StepState(momentum, count_failure(xp, state.skipped, ok))
+        made.append(d)
+    updates = scale_all(xp, made, [guard(lr, 0.0, d, sign=-1.0) for lr, d in zip(rates, made, strict=True)])
+    return dict(zip(directions, updates, strict=True)), StepState(momentum, count_failure(xp, state.skipped, ok))
 
 
 def guarded(directions: Mapping[str, Array], state: StepState) -> tuple[dict[str, Array], StepState]:
@@ -168,8 +170,10 @@ class _Guard:
         return self._xp.where(self._ok, x, self(0.0, 0.0, x))
 
     def __call__(self, value: Any, neutral: float, like: Array, sign: float = 1.0) -> float | Array:
-        if isinstance(self._ok, bool):
-            return sign * (_number(self._xp, value, like) if self._ok else neutral)
+        if self._ok is True:
+            return sign * _number(self._xp, value, like)
+        if self._ok is False:
+            return sign * neutral
         key = (value if isinstance(value, (int, float)) else id(value), neutral, like.dtype, sign)
         if key not in self._made:
             made = self._xp.where(self._ok, scalar(self._xp, value, like), scalar(self._xp, neutral, like))
@@ -182,8 +186,8 @@ def clip_scale(clip: float | Array, learning_rate: Values, grads: Mapping[str, A
     first = next(iter(directions.values()))
     xp = namespace(first)
     total = None
-    for name, d in directions.items():
-        rate = _number(xp, _value(learning_rate, name), d)
+    for (name, d), rate in zip(directions.items(), _each(learning_rate, directions), strict=True):
+        rate = _number(xp, rate, d)
         part = rate * rate * xp.sum(cast(xp, grads[name], d.dtype) * d)
         total = part if total is None else total + cast(xp, part, total.dtype)
     assert total is not None
@@ -210,34 +214,24 @@ def _norm(xp: Namespace, x: Array) -> Array:
     return unit * xp.sqrt(xp.sum((x / unit) ** 2))
 
 
-def _finite(xp: Namespace, directions: Mapping[str, Array], values: list[Any]) -> bool | Array:
-    """Whether all directions and hyper-parameters are finite, 0-d."""
-    total: Any = None
-    for d in directions.values():
-        part = number(xp, xp.sum(d))  # NaN or infinite if an entry is, and so is the sum of sums
-        if total is None or isinstance(part, float):
-            total = part if total is None else total + part
-        else:
-            total = total + cast(xp, part, total.dtype)
-    assert total is not None
-    ok = finite(xp, total)
-    for value in values:
-        ok = ok & (finite(xp, float(value)) if isinstance(value, numbers.Real) else xp.isfinite(value))
+def _finite(xp: Namespace, directions: Mapping[str, Array], values: Iterable[Any]) -> bool | Array:
+    """Whether all directions and hyper-parameters (``None`` aside) are finite, 0-d."""
+    ok = finite(xp, total(xp, list(directions.values())))  # NaN or infinite if an entry is
+    for value in {id(value): value for value in values if value is not None}.values():
+        ok = ok & finite(xp, value)
     return ok
 
 
-def _numbers(values: Mapping[str, Values]) -> list[Any]:
-    """The hyper-parameters of a step, each once, without those that are ``None`` or a clip (which may be infinite)."""
-    found: list[Any] = []
-    for name, value in values.items():
-        if name != "clip":
-            found += list(value.values()) if isinstance(value, Mapping) else [value]
-    return list({id(value): value for value in found}.values())
+def _each(values: Values, names: Iterable[str]) -> list[Any]:
+    """The value of each of ``names``."""
+    if isinstance(values, Mapping):
+        return [_plain(values[name]) for name in names]
+    return [_plain(values)] * len(list(names))
 
 
-def _value(values: Values, name: str) -> Any:
-    value = values[name] if isinstance(values, Mapping) else values
-    return float(value) if isinstance(value, numbers.Real) else value
+def _plain(value: Any) -> Any:
+    """A number of any kind as a float; an array as it is."""
+    return float(value) if isinstance(value, (float, numbers.Real)) else value
 
 
 def _number(xp: Namespace, value: Any, like: Array) -> Any:

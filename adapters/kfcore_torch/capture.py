@@ -64,10 +64,16 @@ class Capture:
             def fire(grad: Tensor) -> None:
                 capture = me()
                 if capture is not None and (capture.wanted or capture.counting):
-                    with torch.no_grad():
-                        capture._sink(layer, inputs, grad.detach())
+                    capture._fire(layer, inputs, grad)
 
             output.register_hook(fire)
+
+    def _fire(self, layer: str, inputs: Tensor, grad: Tensor) -> None:
+        if torch.is_grad_enabled():  # a backward pass that is to be differentiated
+            with torch.no_grad():
+                self._sink(layer, inputs, grad.detach())
+        else:
+            self._sink(layer, inputs, grad)
 
     def take(self) -> list[tuple[str, Tensor, Any]]:
         """The deferred uses since the last call."""
@@ -89,11 +95,16 @@ class _Hook:
     def __init__(self, capture: weakref.ref[Any], module: weakref.ref[nn.Module], layer: str) -> None:
         self.capture, self.module, self.layer = capture, module, layer
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        # a compiler leaves the hook out of its program; otherwise its switch costs more than the hook
+        (self._outside if torch.compiler.is_compiling() else self._use)(module, args, kwargs, output)
+
+    def _use(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         capture = self.capture()
         if capture is not None and self.module() is module:
             capture.use(self.layer, args[0] if args else kwargs["input"], output, module.training)
+
+    _outside: Any = torch.compiler.disable(_use)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
         return _Inert()

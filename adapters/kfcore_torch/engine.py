@@ -93,8 +93,8 @@ class Engine:
 
     def join(self, trained: Sequence[Tensor]) -> None:
         """Take in the parameters among ``trained`` that were frozen when the model was laid out and are no more."""
-        known = {id(p) for p in self.layout.parameters.values()}
-        if any(p.requires_grad and id(p) not in known for p in trained):
+        known = self.layout.names
+        if any(id(p) not in known and p.requires_grad for p in trained):
             self.plan(trained)
 
     def _laid_out(self, trained: Sequence[Tensor], excluded: Mapping[str, str]) -> tuple[Layout, ModelOptimizer]:
@@ -169,9 +169,8 @@ class Engine:
         grads, statistics, terms = self._gather(terms)
         overrides = dict(overrides)
         overrides["damping"] = self._by_block(overrides["damping"])
-        params = {name: self.layout.parameters[name].detach() for name in grads}
         found, self.state = self.core.update(
-            params, grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
+            self.layout.parameters, grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
         )
         self.moved()
         return found
@@ -208,8 +207,8 @@ class Engine:
         silent = {}
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
-            blocks = [name + suffix for suffix in self.layout.model.layers[name].blocks()]
-            if self.layout.model.roles(name)["weight"] in grads and not any(b in self._statistics for b in blocks):
+            blocks = self.layout.model.blocks(name).values()
+            if self.layout.model.roles(name)["weight"] in grads and self._statistics.keys().isdisjoint(blocks):
                 silent[name] = f"its weight is used, but {unseen}"
         if not silent:
             return

@@ -24,16 +24,47 @@ def number(xp: Any, value: Tensor) -> float | Tensor:
 
 
 def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | Tensor) -> Tensor:
-    """With one pass less: the second term is added in the pass that makes it."""
+    """With one pass and one array less: the second term is added in the pass that makes it, into the first."""
     if isinstance(ok, bool):
         if not ok:
             return old
-        if isinstance(keep, float) and isinstance(weight, float) and weight == 1.0:
-            return torch.add(new, old, alpha=keep)
-        return torch.add(old * keep, new, alpha=weight) if isinstance(weight, float) else torch.addcmul(old * keep, new, weight)
+        if isinstance(keep, float) and isinstance(weight, float):
+            return torch.add(new, old, alpha=keep) if weight == 1.0 else torch.mul(old, keep).add_(new, alpha=weight)
+        return torch.addcmul(old * keep, new, weight) if isinstance(weight, Tensor) else torch.add(old * keep, new, alpha=weight)
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
+
+
+def append(xp: Any, x: Tensor, column: float | Tensor) -> Tensor:
+    """Past the promotion rules of the general concatenation."""
+    last = column.unsqueeze(-1) if isinstance(column, Tensor) else x.new_full((*x.shape[:-1], 1), column)
+    return torch.cat([x, last], dim=-1)
+
+
+def trace(xp: Any, x: Tensor) -> Tensor:
+    """Of one matrix in a single call."""
+    return torch.trace(x) if x.ndim == 2 else xp.linalg.trace(x)
+
+
+def total(xp: Any, arrays: list[Tensor]) -> float | Tensor:
+    """All sums first, then all reads."""
+    sums = [torch.sum(x) for x in arrays]
+    if all(map(_readable, sums)):
+        return sum(map(float, sums))
+    return torch.stack([s.to(arrays[0].dtype) for s in sums]).sum()
+
+
+def scale_all(xp: Any, arrays: list[Tensor], factors: list[Any]) -> list[Tensor]:
+    """In one call for all."""
+    if all(isinstance(factor, float) for factor in factors):
+        return list(torch._foreach_mul(arrays, factors))  # pyright: ignore[reportPrivateImportUsage]
+    return [factor * x for x, factor in zip(arrays, factors, strict=True)]
+
+
+def shift(xp: Any, x: Tensor, value: Tensor) -> Tensor:
+    """Only the diagonal is added to: no identity is made, and no product of it."""
+    return torch.diagonal_scatter(x, x.diagonal(dim1=-2, dim2=-1) + value[..., None], dim1=-2, dim2=-1)
 
 
 def sandwich(xp: Any, left: Tensor, x: Tensor, right: Tensor) -> Tensor:
@@ -52,8 +83,8 @@ def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     The result is exactly symmetric; its transpose has its rows contiguous, as an inverse read from a checkpoint has.
     """
-    factor, info = torch.linalg.cholesky_ex(x)
-    return torch.cholesky_inverse(factor).mT, info == 0
+    factor, info = torch.linalg.cholesky_ex(x, upper=True)
+    return torch.cholesky_inverse(factor, upper=True).mT, info == 0
 
 
 def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,15 +95,12 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, blend, sandwich, invert, eigh):
+    for kernel in (truth, number, append, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 
 def _readable(flag: Tensor) -> bool:
     """Whether the host can branch on a 0-d tensor at once: on the CPU, and neither compiled nor batched."""
     return (
-        flag.ndim == 0
-        and flag.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        flag.ndim == 0 and flag.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +25,11 @@ class Layout:
     """Modules whose calls are uses of a layer, by layer."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a parameter has the block it has, by parameter."""
+
+    @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """Names of the trained parameters by their ``id``."""
+        return {id(p): name for name, p in self.parameters.items()}
 
 
 def layout(

@@ -127,16 +127,16 @@ class Optimizer(Shell, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self.engine
-        per_parameter: dict[str, dict[str, Any]] = {"learning_rate": {}, "weight_decay": {}, "damping": {}}
-        names = {id(p): name for name, p in engine.layout.parameters.items()}
+        rates: dict[str, Any] = {}
+        decays: dict[str, Any] = {}
+        dampings: dict[str, Any] = {}
+        names = engine.layout.names
         for group in self.param_groups:
             for p in group["params"]:
-                if id(p) in names:
-                    name = names[id(p)]
-                    per_parameter["learning_rate"][name] = group["lr"]
-                    per_parameter["weight_decay"][name] = group["weight_decay"]
-                    per_parameter["damping"][name] = group["damping"]
-        self._write(engine.updates(per_parameter, terms))
+                name = names.get(id(p))
+                if name is not None:
+                    rates[name], decays[name], dampings[name] = group["lr"], group["weight_decay"], group["damping"]
+        self._write(engine.updates({"learning_rate": rates, "weight_decay": decays, "damping": dampings}, terms))
         engine.join(self._trained())
         return loss
 
@@ -203,10 +203,11 @@ class Optimizer(Shell, torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _write(self, updates: Mapping[str, Tensor]) -> None:
-        same = {name: u for name, u in updates.items() if u.dtype == self.engine.layout.parameters[name].dtype}
+        parameters = self.engine.layout.parameters
+        same = {name: u for name, u in updates.items() if u.dtype == parameters[name].dtype}
         if same:
-            torch._foreach_add_([self.engine.layout.parameters[name] for name in same], list(same.values()))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_([parameters[name] for name in same], list(same.values()))  # pyright: ignore[reportPrivateImportUsage]
         for name, update in updates.items():
             if name not in same:
-                p = self.engine.layout.parameters[name]
+                p = parameters[name]
                 p.copy_(added(p, update))

@@ -114,7 +114,7 @@ class KFAC(Method):
         xp = namespace(state.average.weight)
         counts = (statistics.input_count, statistics.output_count)
         average, ok = observe(xp, state.average, sums, counts, self._decay(decay))
-        return state._replace(average=average, dropped=count_failure(xp, state.dropped, ok))
+        return KFACState(average, state.solver, count_failure(xp, state.dropped, ok), state.kept)
 
     def refresh(self, layer: Layer, state: KFACState, damping: float | Array | None = None) -> KFACState:
         """Invert (or eigendecompose) both factors; where that fails, keep the old ones and count it."""

@@ -75,6 +75,17 @@ class PrimitiveTests:
                 got = result if isinstance(result, float) else self.backend.to_numpy(result)
                 assert np.array_equal(got, value), f"{self.backend.name}: number ({which}) of {value}: got {result}"
 
+    def test_append(self) -> None:
+        """One more column, of numbers or of one number."""
+        rng = np.random.default_rng(11)
+        for what, run, leading, dtype in self._cases("append"):
+            x, column = rng.normal(size=(*leading, 3, 2)), rng.normal(size=(*leading, 3))
+            self._compare(what, run(*self.backend.put((x, column), dtype)), np.concatenate([x, column[..., None]], axis=-1), dtype)
+        for which, function in implementations("append", self.backend.library).items():
+            x = rng.normal(size=(3, 2))
+            result = self.backend.call(lambda x, function=function: function(namespace(x), x, 1.0), self.backend.put(x))
+            self._compare(f"append ({which}) of ones", result, np.concatenate([x, np.ones((3, 1))], axis=-1), "float64")
+
     def test_gram(self) -> None:
         """Sum of outer products of the rows."""
         rng = np.random.default_rng(1)
@@ -91,6 +102,52 @@ class PrimitiveTests:
                 args = [rng.normal(size=(*leading, *shape)) for shape in shapes]
                 desired = args[0] @ args[1] @ args[2]
                 self._compare(f"{what} of {shapes}", run(*self.backend.put(args, dtype)), desired, dtype)
+
+    def test_total(self) -> None:
+        """Sum over arrays of several shapes and dtypes, as a float or in the dtype of the first; a NaN among them is seen."""
+        rng = np.random.default_rng(9)
+        arrays = [rng.normal(size=(2, 3)), rng.normal(size=4).astype("float32"), rng.normal(size=())]
+        for which, function in implementations("total", self.backend.library).items():
+            for bad in (0.0, np.nan):
+                what = f"total ({which}) with {bad}"
+                result = self.backend.call(
+                    lambda *x, function=function: function(namespace(x[0]), list(x)), *self.backend.put((*arrays[:2], arrays[2] + bad))
+                )
+                desired = sum(float(x.sum()) for x in arrays) + bad
+                if isinstance(result, float):
+                    assert np.isclose(result, desired, rtol=1e-6, equal_nan=True), f"{what}: got {result}"
+                else:
+                    self._compare(what, result, desired, "float64")
+
+    def test_scale_all(self) -> None:
+        """Each array times its own factor, a float or 0-d."""
+        rng = np.random.default_rng(10)
+        arrays = [rng.normal(size=(2, 3)), rng.normal(size=4)]
+        for which, function in implementations("scale_all", self.backend.library).items():
+            for factors in ([0.5, -2.0], [np.asarray(0.5), np.asarray(-2.0)]):
+                floats = [f for f in factors if isinstance(f, float)]
+
+                def run(*args: Any, function: Callable[..., Any] = function, floats: list[float] = floats) -> Any:
+                    return function(namespace(args[0]), list(args[:2]), floats or list(args[2:]))
+
+                result = self.backend.call(run, *self.backend.put((*arrays, *([] if floats else factors))))
+                for got, x, factor in zip(result, arrays, factors, strict=True):
+                    self._compare(f"scale_all ({which})", got, x * factor, "float64")
+
+    def test_trace(self) -> None:
+        """Sum of the diagonal, of each matrix of a stack its own."""
+        rng = np.random.default_rng(8)
+        for what, run, leading, dtype in self._cases("trace"):
+            x = rng.normal(size=(*leading, 3, 3))
+            self._compare(what, run(self.backend.put(x, dtype)), np.einsum("...ii->...", x), dtype)
+
+    def test_shift(self) -> None:
+        """A multiple of the identity is added, to each matrix of a stack its own."""
+        rng = np.random.default_rng(7)
+        for what, run, leading, dtype in self._cases("shift"):
+            x, value = rng.normal(size=(*leading, 3, 3)), rng.uniform(0.5, 1.0, size=leading)
+            args = self.backend.put((x, np.asarray(value)), dtype)
+            self._compare(what, run(*args), x + np.multiply.outer(value, np.eye(3)), dtype)
 
     def test_blend(self) -> None:
         """A weighted sum where it is wanted; NaN and infinities of the rest stay out, and the old value is kept bit for bit."""
