@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from kfcore_jax import program
@@ -89,7 +90,7 @@ def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
     findings = Findings()
     closed = CONSTANT if others else BATCH
     facts: list[Fact] = [*(Parameter(i) for i in range(len(leaves))), *(BATCH,) * others]
-    walk = _Walk(findings, [tuple(leaf.shape) for leaf in leaves])
+    walk = _Walk(findings, [tuple(leaf.shape) for leaf in leaves], closed)
     (value, *_) = walk(jaxpr, [closed] * len(jaxpr.constvars), facts, (), ())
     if value in (CONSTANT, BATCH) and not findings.sites and not findings.uses:
         raise ValueError("`loss` depends on no parameter: it must be a function of its first argument")
@@ -97,8 +98,13 @@ def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
 
 
 class _Walk:
-    def __init__(self, findings: Findings, shapes: list[tuple[int, ...]]) -> None:
-        self.found, self.shapes = findings, shapes
+    """One walk: over the program, and by itself over those inside.
+
+    ``closed`` is the fact about what programs close over; under ``ruled`` derivatives are not those of what is computed.
+    """
+
+    def __init__(self, findings: Findings, shapes: list[tuple[int, ...]], closed: Fact, ruled: bool = False) -> None:
+        self.found, self.shapes, self.closed, self.ruled = findings, shapes, closed, ruled
 
     def __call__(self, jaxpr: Jaxpr, consts: Sequence[Fact], inputs: Sequence[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         facts: dict[Any, Fact] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
@@ -116,9 +122,11 @@ class _Walk:
 
     def _equation(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         name = program.name_of(equation)
-        if name in CALLS or name in REMATS or (name == "custom_jvp_call" and any(isinstance(f, Parameter) for f in facts)):
+        ruled = name == "custom_jvp_call" and any(isinstance(f, Parameter) for f in facts)
+        if name in CALLS or name in REMATS or ruled:
             jaxpr, consts = program.inside(equation)
-            return self(jaxpr, [CONSTANT] * len(consts), facts, path, scans)
+            walk = _Walk(self.found, self.shapes, self.closed, self.ruled or ruled)
+            return walk(jaxpr, [self.closed] * len(consts), facts, path, scans)
         if name == "scan":
             return self._scan(equation, facts, path, scans)
         self.found.touched.update(*map(_leaves, facts))
@@ -136,7 +144,9 @@ class _Walk:
         return self._generic(equation, facts, name)
 
     def _view(self, equation: Equation, facts: list[Fact], name: str) -> Fact | None:
-        if not isinstance(facts[0], Parameter | Output) or len(equation.outvars) != 1:
+        if not facts or not isinstance(facts[0], Parameter | Output) or len(equation.outvars) != 1:
+            return None
+        if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
             return None
         before, after = (tuple(v.aval.shape) for v in (equation.invars[0], equation.outvars[0]))
         steps = step_of(name, equation.params, before, after)
@@ -157,7 +167,7 @@ class _Walk:
     def _product(self, equation: Equation, facts: list[Fact], operand: int, path: Path, scans: tuple[int, ...]) -> bool:
         weight = facts[operand]
         assert isinstance(weight, Parameter)
-        if not exact(weight.view):
+        if not exact(weight.view) or not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*equation.invars, *equation.outvars]):
             return False
         shapes = [tuple(v.aval.shape) for v in equation.invars]
         self.found.sites[path] = Site(
@@ -207,6 +217,9 @@ class _Walk:
 
     def _bias(self, equation: Equation, facts: list[Fact]) -> bool:
         """Whether this sum adds a parameter to the output of a product as a bias; the site then owns it."""
+        if self.ruled and any(isinstance(f, Parameter) for f in facts) and any(_of_batch(f) for f in facts):
+            self.found.use(facts, "custom_jvp_call")
+            return True
         for output, bias in (facts, facts[::-1]):
             if isinstance(output, Output) and isinstance(bias, Parameter) and self.found.sites[output.site].bias is None:
                 site = self.found.sites[output.site]
@@ -225,14 +238,16 @@ class _Walk:
         inner = (*scans, length)
         while True:
             # what comes round is known once it stays the same; only then are the findings written down
-            trial = _Walk(Findings(dict(self.found.sites)), self.shapes)
-            outs = trial(jaxpr, [CONSTANT] * len(sub), [*constants, *carry, *slices], path, inner)
+            trial = _Walk(Findings(dict(self.found.sites)), self.shapes, self.closed, self.ruled)
+            outs = trial(jaxpr, [self.closed] * len(sub), [*constants, *carry, *slices], path, inner)
             grown = [_join(old, _unseen(new)) for old, new in zip(carry, outs[:carried], strict=True)]
             if grown == carry:
                 break
             carry = grown
-        self.found.use([f for f, seen in zip(facts[first:], carry, strict=False) if seen == BATCH], "scan carry")
-        outs = self(jaxpr, [CONSTANT] * len(sub), [*constants, *carry, *slices], path, inner)
+        for entered, left, seen in zip(facts[first:], outs[:carried], carry, strict=False):
+            if seen == BATCH:
+                self.found.use([entered, left], "scan carry")
+        outs = self(jaxpr, [self.closed] * len(sub), [*constants, *carry, *slices], path, inner)
         return [*carry, *map(_unseen, outs[carried:])]
 
 

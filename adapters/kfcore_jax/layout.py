@@ -95,6 +95,7 @@ def layout(
         why = _obstacle(found, leaf, uses_here)
         if why:
             refused[leaf] = why
+            refused |= {u.site.bias: "bias of a product whose weight has no layer" for u in uses_here if u.site.bias is not None}
             continue
         first = uses_here[0]
         name = first.site.name or _layer_name(short, leaf)

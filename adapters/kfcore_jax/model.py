@@ -167,7 +167,7 @@ class Model:
         return np.swapaxes(x, -1, -2) if role == "weight" and layer in self.layers and self.layers[layer].layout == "io" else x
 
     def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
-        """Rebuild the gradient of every weight from its records and compare it with autodiff's: relative deviations by layer.
+        """Rebuild the gradients of every weight and bias from the records and compare them with autodiff's: relative deviations by layer.
 
         Layers whose weight has a term of its own in the loss (a penalty) are left out: that is no part of the records.
 
@@ -184,10 +184,15 @@ class Model:
         for name, layer in self.layers.items():
             if name in self.layout.regularised:
                 continue
-            rebuilt = sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in _wide(records.layers[name]))
-            expected = np.asarray(flat[f"{name}.weight"], np.float64)
-            expected = expected if layer.layout == "oi" else np.swapaxes(expected, -1, -2)
-            deviations[name] = float(np.linalg.norm(rebuilt - expected) / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))
+            pairs = _wide(records.layers[name])
+            rebuilt = {
+                "weight": sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in pairs),
+                "bias": sum(dy.sum((-3, -2)) for _, dy in pairs),
+            }
+            deviations[name] = max(
+                _deviation(rebuilt[role], self._turned(f"{name}.{role}", np.asarray(flat[f"{name}.{role}"], np.float64)))
+                for role in layer.parameters
+            )
         wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
         if wrong:
             raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")
@@ -339,3 +344,8 @@ class _Draw:
 
 def _wide(record: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.asarray(x, np.float64), np.asarray(dy, np.float64)) for x, dy in record]
+
+
+def _deviation(x: Any, y: np.ndarray) -> float:
+    """Distance relative to the norm of ``y``."""
+    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), np.finfo(np.float64).tiny))
