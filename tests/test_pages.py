@@ -22,8 +22,6 @@ def test_the_blocks_of_a_page_run(page, monkeypatch, tmp_path):
     source = "\n".join(blocks(page))
     wanted = [m for m in OPTIONAL if re.search(rf"^\s*(import .*\b{m}|from {m})\b", source, re.MULTILINE)]
     missing = [m for m in wanted if not importlib.util.find_spec(m)]
-        m for m in OPTIONAL if re.search(rf"^\s*(import .*\b{m}|from {m})\b", source, re.MULTILINE) and not importlib.util.find_spec(m)
-    ]
     if missing:
         pytest.skip(f"{page.name} needs {', '.join(missing)}")
     monkeypatch.chdir(tmp_path)

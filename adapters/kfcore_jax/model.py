@@ -185,10 +185,8 @@ class Model:
             if name in self.layout.regularised:
                 continue
             pairs = _wide(records.layers[name])
-            rebuilt = {
-                "weight": sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in pairs),
-                "bias": sum(dy.sum((-3, -2)) for _, dy in pairs),
-            }
+            weight = sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in pairs)
+            rebuilt = {"weight": weight, "bias": sum(dy.sum((-3, -2)) for _, dy in pairs)}
             deviations[name] = max(
                 _deviation(rebuilt[role], self._turned(f"{name}.{role}", np.asarray(flat[f"{name}.{role}"], np.float64)))
                 for role in layer.parameters

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +32,7 @@ BLOCK, BATCH, RATE = 10, 128, 1e-3
 def initial(width: int) -> dict[str, dict[str, jax.Array]]:
     """A tanh network 64-n-n-10."""
     sizes, keys = (64, width, width, 10), jax.random.split(jax.random.key(0), 3)
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    pairs = pairwise(sizes)
     return {
         f"l{i}": {"w": jax.random.normal(k, s) / s[0] ** 0.5, "b": jnp.zeros(s[1])}
         for i, (k, s) in enumerate(zip(keys, pairs, strict=True))
@@ -64,7 +65,7 @@ def sgd(width: int, x: jax.Array, y: jax.Array) -> Callable[[], None]:
     state = optimizer.init(params)
 
     @jax.jit
-    def step(params, state):  # noqa: ANN001, ANN202
+    def step(params, state):
         updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
         return optax.apply_updates(params, updates), state
 
@@ -82,7 +83,7 @@ def ours(width: int, x: jax.Array, y: jax.Array) -> Callable[[], None]:
     optimizer = kfcore_jax.optimizer(kf.KFAC(damping=1e-2, refresh_every=BLOCK), model, learning_rate=RATE, momentum=0.9)
     state = optimizer.init(params)
 
-    def one(params, state):  # noqa: ANN001, ANN202
+    def one(params, state):
         _, grads, records = model.value_grad_and_records(params, x, y)
         updates, state = optimizer.update(grads, state, params, records=records)
         return optax.apply_updates(params, updates), state

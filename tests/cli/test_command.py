@@ -84,13 +84,27 @@ def test_two_backends_are_compared(tmp_path):
     assert {c["deviation_after"] for c in record["contenders"]} == {None, 30}
 
 
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch", "jax", "optax")), reason="torch, jax or optax is not installed"
+)
+def test_three_backends_are_compared(tmp_path):
+    result = _race("--steps", "20", "--backends", "numpy,torch,jax", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "race.json").read_text())
+    assert {"torch", "jax", "optax"} <= record["versions"].keys()
+    assert [c["backend"] for c in record["contenders"]] == 3 * ["numpy", "torch", "jax"]
+    for contender in record["contenders"]:
+        assert contender["train_loss"] < contender["curve"]["train_loss"][0]
+        assert contender["backend"] == "numpy" or contender["deviation"] <= 1e-10
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--problem", "iris"], ["--problem must name", "digits", "diamonds", "mnist-autoencoder", "'iris'"]),
         (["--methods", "sgd,lion"], ["--methods must name", "adam", "kfac", "sgd", "'lion'"]),
         (["--methods", ","], ["--methods must name at least one of"]),
-        (["--backends", "fortran"], ["--backends must name", "numpy", "torch", "'fortran'"]),
+        (["--backends", "fortran"], ["--backends must name", "jax", "numpy", "torch", "'fortran'"]),
         (["--seconds", "1", "--steps", "10"], ["--seconds and --steps exclude each other"]),
         (["--seconds", "0"], ["--seconds must be a positive number"]),
         (["--steps", "0"], ["--steps must be 1 or more"]),
@@ -121,14 +135,15 @@ def test_out_must_not_be_a_file(tmp_path):
     [
         ("problems", "digits", "pip install 'kfcore[cli]'"),
         ("backends", "torch", "pip install 'kfcore[torch]'"),
+        ("backends", "jax", "pip install 'kfcore[jax]'"),
     ],
 )
 def test_missing_packages_are_named_with_the_command_that_installs_them(module, package, command, tmp_path, monkeypatch):
-    blocked = {"digits": "sklearn", "torch": "torch"}[package]
+    blocked = {"digits": "sklearn"}.get(package, package)
     for name in [n for n in sys.modules if n.partition(".")[0] == blocked or n == f"kfcore_cli.race.{module}.{package}"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, blocked, None)
-    result = _race("--backends", "torch" if package == "torch" else "numpy", "--out", str(tmp_path))
+    result = _race("--backends", package if module == "backends" else "numpy", "--out", str(tmp_path))
     assert result.exit_code == 2
     assert command in result.stderr
 
@@ -162,7 +177,7 @@ except SystemExit as stop:
 bad = {"torch", "jax", "cupy", "kfcore_torch", "kfcore_jax", "mlxtend", "plotnine", "pandas"} & set(sys.modules)
 assert not bad, bad
 assert "kfcore_cli.race.methods.kfac" in sys.modules
-for name in ("methods.adam", "problems.diamonds", "backends.torch"):
+for name in ("methods.adam", "problems.diamonds", "backends.torch", "backends.jax"):
     assert f"kfcore_cli.race.{name}" not in sys.modules, name
 """
     result = _python(code, str(tmp_path))

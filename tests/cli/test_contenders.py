@@ -1,20 +1,31 @@
 """Contenders: equal starts, equal batches, equal trajectories on every backend."""
 
+import functools
 import importlib.util
+from dataclasses import dataclass
+from itertools import islice
 
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
+import kfcore
 from kfcore_cli.race import registry, rules
 from kfcore_cli.race.arrays import ArrayContender
+from kfcore_cli.race.batches import batches
 from kfcore_cli.race.command import settings_of
 from kfcore_cli.race.course import Run, deviation, run
+from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data
-from kfcore_cli.race.network import mlp
+from kfcore_cli.race.layers import Dense
+from kfcore_cli.race.network import Network, mlp
 
 LOSSES = ("cross-entropy", "squared error", "binary cross-entropy")
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+needs_jax = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax", "optax")), reason="jax or optax is not installed"
+)
+FRAMEWORKS = (pytest.param("torch", marks=needs_torch), pytest.param("jax", marks=needs_jax))
 
 
 class Small:
@@ -47,23 +58,50 @@ def _run(problem, backend, rule, steps=30, make=None, **options):
     return run(make, problem, problem.load(), 0, **({"seconds": None, "steps": steps} | options), watch=lambda *_: None)
 
 
-@needs_torch
+@pytest.mark.parametrize("backend", FRAMEWORKS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("method", registry.names("methods"))
-def test_backends_follow_one_trajectory(method, loss):
+def test_backends_follow_one_trajectory(method, loss, backend):
     problem, rule = Small(loss), _rule(method)
-    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", "torch"))
+    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", backend))
     assert deviation(ours.compared[1], problem.network.init(0)) > 1e-3
     assert deviation(theirs.compared[1], ours.compared[1]) <= 1e-10
     np.testing.assert_allclose(theirs.losses, ours.losses, rtol=1e-9)
 
 
-@needs_torch
+@pytest.mark.parametrize("backend", FRAMEWORKS)
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
-def test_backends_agree_on_other_activations(activation):
+def test_backends_agree_on_other_activations(activation, backend):
     problem, rule = Small(activation=activation), _rule("sgd")
-    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", "torch"))
+    ours, theirs = (_run(problem, registry.load("backends", name), rule) for name in ("numpy", backend))
     assert deviation(theirs.compared[1], ours.compared[1]) <= 1e-10
+
+
+@functools.cache
+def _data(name):
+    return registry.load("problems", name).load()
+
+
+@functools.cache
+def _run_as_set(name, method, backend):
+    """Weights after 40 steps on a problem with its own settings."""
+    problem, loaded, chosen = registry.load("problems", name), registry.load("methods", method), registry.load("backends", backend)
+    weights, rule = problem.network.init(0), loaded.rule(settings_of(name, problem, method, loaded))
+    contender, data = chosen.contender(problem.network, weights, rule, "float64"), _data(name)
+    for index in islice(batches(len(data.train_x), problem.batch_size, 0), 40):
+        contender.step(data.train_x[index], data.train_y[index])
+    return contender.weights()
+
+
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+@pytest.mark.parametrize(("name", "requires"), [("digits", "sklearn"), ("diamonds", "plotnine")])
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_backends_agree_on_real_data_with_its_own_settings(method, name, requires, backend):
+    if importlib.util.find_spec(requires) is None:
+        pytest.skip(f"{requires} is not installed")
+    ours, theirs = (_run_as_set(name, method, b) for b in ("numpy", backend))
+    assert deviation(ours, registry.load("problems", name).network.init(0)) > 1e-3
+    assert deviation(theirs, ours) <= 1e-10
 
 
 class Spy:
@@ -100,7 +138,7 @@ def test_all_see_the_same_batches_and_start_from_the_same_weights():
     assert runs[0].losses[0] == runs[1].losses[0]
 
 
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=needs_torch), "numpy"])
+@pytest.mark.parametrize("backend", [*FRAMEWORKS, "numpy"])
 @pytest.mark.parametrize("method", registry.names("methods"))
 def test_initial_weights_are_those_given_and_survive_training(method, backend):
     problem = Small()
@@ -168,10 +206,127 @@ def test_settings_come_from_the_problem_then_the_method_then_the_default():
     assert settings_of("p", problem, "m", Method()) == {"lr": 3.0}
 
 
-@needs_torch
+@pytest.mark.parametrize("backend", FRAMEWORKS)
 @pytest.mark.parametrize("method", registry.names("methods"))
-def test_state_is_as_large_on_every_backend(method):
+def test_state_is_as_large_on_every_backend(method, backend):
     problem = Small()
-    ours, theirs = (_run(problem, registry.load("backends", name), _rule(method), steps=2).state_bytes for name in ("numpy", "torch"))
-    # torch's Adam keeps its step count as a tensor for every parameter
+    ours, theirs = (_run(problem, registry.load("backends", name), _rule(method), steps=2).state_bytes for name in ("numpy", backend))
+    # Adam's step count is an array: in torch one for every parameter, in optax one for all
     assert 0 < ours <= theirs <= ours + 64
+
+
+@needs_jax
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_jax_runs_in_either_precision_in_one_process(method):
+    import jax
+
+    problem, backend, rule = Small(), registry.load("backends", "jax"), _rule(method)
+    data, before = problem.load(), jax.config.jax_enable_x64
+    contenders = {dtype: backend.contender(problem.network, problem.network.init(0), rule, dtype) for dtype in ("float64", "float32")}
+    for _ in range(3):
+        for contender in contenders.values():
+            contender.step(data.train_x[:16], data.train_y[:16])
+    for dtype, contender in contenders.items():
+        assert {str(w.dtype) for own in contender.weights().values() for w in own.values()} == {dtype}
+        assert {str(a.dtype) for a in jax.tree.leaves(contender.state)} <= {dtype, "int32"}
+    assert 1e-12 < deviation(contenders["float32"].weights(), contenders["float64"].weights()) < 1e-4
+    assert jax.config.jax_enable_x64 == before
+
+
+@needs_jax
+def test_jax_compiles_the_step_once_for_the_warm_up_and_the_run():
+    problem, backend, rule = Small(), registry.load("backends", "jax"), _rule("kfac")
+    contenders = []
+
+    def make():
+        contenders.append(backend.contender(problem.network, problem.network.init(0), rule, "float64"))
+        return contenders[-1]
+
+    _run(problem, backend, rule, steps=12, make=make)
+    warm_up, timed = contenders
+    assert warm_up.program is timed.program
+    assert timed.program.step._cache_size() == 1
+    assert backend.contender(problem.network, problem.network.init(0), _rule("kfac"), "float64").program is not timed.program
+
+
+@needs_jax
+def test_jax_weights_are_copies_that_later_steps_leave_alone():
+    problem = Small()
+    data = problem.load()
+    contender = registry.load("backends", "jax").contender(problem.network, problem.network.init(0), _rule("sgd"), "float64")
+    first = contender.weights()
+    contender.step(data.train_x, data.train_y)
+    assert deviation(first, problem.network.init(0)) == 0.0
+    first["fc1"]["weight"][:] = np.nan
+    assert np.all(np.isfinite(contender.weights()["fc1"]["weight"]))
+
+
+@needs_jax
+@needs_torch
+@pytest.mark.parametrize("loss", LOSSES)
+def test_jax_takes_the_exact_fisher_from_the_model(loss):
+    import torch
+
+    problem, rule = Small(loss), rules.Curvature(method=kfcore.KFAC(damping=1e-2, fisher="exact"), lr=0.1)
+    data = problem.load()
+    theirs, ours = (
+        registry.load("backends", b).contender(problem.network, problem.network.init(0), rule, "float64") for b in ("torch", "jax")
+    )
+    x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
+    for _ in range(5):
+        ours.step(data.train_x, data.train_y)
+        theirs.optimizer.zero_grad()
+        outputs = theirs.module(x)
+        theirs.optimizer.backward_fisher(outputs, y)
+        theirs.loss(outputs, y).backward()
+        theirs.optimizer.step()
+    assert deviation(ours.weights(), theirs.weights()) <= 1e-10
+
+
+@dataclass(frozen=True)
+class Halved(Dense):
+    """A layer that a problem brings: portable code, and nothing for any framework."""
+
+    flaw: str = ""
+
+    def forward(self, xp, params, x):
+        if self.flaw == "writes":
+            x[:, 0] = 0.0
+        if self.flaw == "wrapped":
+            return xp.tanh(params["weight"])[None, :, :].sum(axis=2) + params["bias"] + 0.0 * xp.sum(x, axis=1)[:, None]
+        return 0.5 * x @ params["weight"].T + params["bias"]
+
+    def backward(self, xp, params, x, y, dy):
+        return 0.5 * dy @ params["weight"], {"weight": 0.5 * dy.T @ x, "bias": xp.sum(dy, axis=0)}
+
+
+def _with_a_layer_of_its_own(**flaws):
+    problem = Small()
+    first, *others = problem.network.layers
+    own = Halved(first.name, first.in_features, first.out_features, **flaws)
+    problem.network = Network((own, *others), problem.network.loss)
+    return problem
+
+
+@needs_jax
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_jax_runs_a_layer_of_a_problem_by_its_portable_code(method):
+    problem = _with_a_layer_of_its_own()
+    ours, theirs = (_run(problem, registry.load("backends", name), _rule(method)) for name in ("numpy", "jax"))
+    assert deviation(theirs.compared[1], ours.compared[1]) <= 1e-10
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    ("flaw", "method", "parts"),
+    [
+        ("writes", "sgd", ["cannot trace the layer Halved", "write nothing in place"]),
+        ("wrapped", "kfac", ["finds no product of a weight with the batch in the layer fc1", "Linear(in_features=5"]),
+    ],
+)
+def test_jax_refuses_a_layer_that_it_cannot_run(flaw, method, parts):
+    problem = _with_a_layer_of_its_own(flaw=flaw)
+    with pytest.raises(UsageError) as caught:
+        _run(problem, registry.load("backends", "jax"), _rule(method))
+    for part in (*parts, "leave jax out"):
+        assert part in str(caught.value)
