@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 try:
     from jax import enable_x64
-except ImportError:  # older than JAX 0.8
+except ImportError:  # JAX 0.6 has it there only
     from jax.experimental import enable_x64
 
 import kfcore_jax
