@@ -211,9 +211,7 @@ class Optimizer:
 
     def _of(self, state: OptimizerState) -> ModelOptimizer:
         """The optimizer that made ``state``, known by its blocks; that of the layers alone if none here did."""
-        blocks = state.curvature.blocks.keys()
-        made = (bound for bound in self._bound.values() if bound.preconditioner.blocks.keys() == blocks)
-        return next(made, self._alone)
+        return next((bound for bound in self._bound.values() if bound.made(state)), self._alone)
 
     def terms_of(self, examples: Mapping[str, int]) -> float:
         """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""

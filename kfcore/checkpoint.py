@@ -144,27 +144,29 @@ def from_arrays(
     return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
 
 
+def translated(name: str, names: Mapping[str, str]) -> str:
+    """``name`` by ``names``, of which an entry stands for all that begin with it and a dot; the longest that fits counts."""
+    parts = name.split(".")
+    for k in range(len(parts), 0, -1):
+        head = ".".join(parts[:k])
+        if head in names:
+            return ".".join([names[head], *parts[k:]])
+    return name
+
+
 def renamed(arrays: Mapping[str, Any], header: Any, names: Mapping[str, str]) -> tuple[dict[str, Any], Any]:
     """What :func:`read` gave with the names of another model: ``names`` leads from these to those in the file."""
     if len(set(names.values())) < len(names):
         raise ValueError(f"`names` must lead to different names in the file, got {dict(names)}")
     here = {there: name for name, there in names.items()}
 
-    def name_of(there: str) -> str:
-        parts = there.split(".")
-        for k in range(len(parts), 0, -1):
-            head = ".".join(parts[:k])
-            if head in here:
-                return ".".join([here[head], *parts[k:]])
-        return there
-
     def key_of(key: str) -> str:
         kind, _, rest = key.partition("/")
         name, slash, field = rest.partition("/")
-        return f"{kind}/{name_of(name)}{slash}{field}" if rest else key
+        return f"{kind}/{translated(name, here)}{slash}{field}" if rest else key
 
     _check_header(header)
-    blocks = {name_of(name): block for name, block in header["blocks"].items()}
+    blocks = {translated(name, here): block for name, block in header["blocks"].items()}
     return {key_of(key): x for key, x in arrays.items()}, {**header, "blocks": blocks}
 
 

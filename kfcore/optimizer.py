@@ -77,6 +77,10 @@ class ModelOptimizer:
         like = {name: params[parameter] for parameter, names in self.model.block_names().items() for name in names}
         return OptimizerState(self.preconditioner.init(like), stepsize.init(self.step_size, params))
 
+    def made(self, state: OptimizerState) -> bool:
+        """Whether ``state`` is one of this optimizer, by the names of its blocks."""
+        return state.curvature.blocks.keys() == self.preconditioner.blocks.keys()
+
     def stats_due(self, state: OptimizerState) -> Any:
         """Whether the coming step wants statistics: nothing need be captured where not."""
         return self.preconditioner.stats_due(state.curvature.steps)

@@ -83,18 +83,29 @@ class Findings:
 
 
 def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
-    """Sites and other uses in a program whose first inputs are the parameters ``leaves``, and then ``others`` arrays of the batch.
+    """Sites and other uses in a program whose first inputs are ``leaves``, and then ``others`` arrays of the batch.
 
-    Arrays that the program closes over count as the batch if there is no other.
+    The parameters are those of the leaves that are real floating, numbered among themselves; the rest are constants. Arrays that the
+    program closes over count as the batch if there is no other.
     """
     findings = Findings()
     closed = CONSTANT if others else BATCH
-    facts: list[Fact] = [*(Parameter(i) for i in range(len(leaves))), *(BATCH,) * others]
-    walk = _Walk(findings, [tuple(leaf.shape) for leaf in leaves], closed)
-    (value, *_) = walk(jaxpr, [closed] * len(jaxpr.constvars), facts, (), ())
+    shapes: list[tuple[int, ...]] = []
+    facts: list[Fact] = []
+    for leaf in leaves:
+        trained = is_trained(leaf)
+        facts.append(Parameter(len(shapes)) if trained else CONSTANT)
+        shapes += [tuple(leaf.shape)] * trained
+    walk = _Walk(findings, shapes, closed)
+    (value, *_) = walk(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
     if value in (CONSTANT, BATCH) and not findings.sites and not findings.uses:
         raise ValueError("`loss` depends on no parameter: it must be a function of its first argument")
     return findings
+
+
+def is_trained(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a parameter: real floating point."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 class _Walk:
@@ -169,44 +180,17 @@ class _Walk:
         assert isinstance(weight, Parameter)
         if not exact(weight.view) or not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*equation.invars, *equation.outvars]):
             return False
-        shapes = [tuple(v.aval.shape) for v in equation.invars]
-        self.found.sites[path] = Site(
-            path=path,
-            leaf=weight.leaf,
-            view=weight.view,
-            operand=operand,
-            source=1 - operand,
-            scans=scans,
-            weight=shapes[operand],
-            inputs=shapes[1 - operand],
-            output=tuple(equation.outvars[0].aval.shape),
-            dtype=equation.outvars[0].aval.dtype,
-            varying=program.varying(equation.outvars[0]),
-            numbers=equation.params["dimension_numbers"],
-        )
+        numbers = equation.params["dimension_numbers"]
+        self.found.sites[path] = _site(equation, weight, path, scans, place=operand, source=1 - operand, operand=operand, numbers=numbers)
         return True
 
     def _tap(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         name, weight = equation.params["name"], facts[2]
         if not isinstance(weight, Parameter) or not exact(weight.view):
             raise ValueError(f"tap {name!r}: `weight` must be a parameter of the loss, or a view of one that moves its entries only")
-        outputs, inputs, of_weight = (tuple(v.aval.shape) for v in equation.invars[:3])
         contract = 0 if equation.params["layout"] == "io" else 1
-        site = Site(
-            path=path,
-            leaf=weight.leaf,
-            view=weight.view,
-            operand=1,
-            source=1,
-            scans=scans,
-            weight=of_weight,
-            inputs=inputs,
-            output=outputs,
-            dtype=equation.outvars[0].aval.dtype,
-            varying=program.varying(equation.outvars[0]),
-            numbers=(((len(inputs) - 1,), (contract,)), ((), ())),
-            name=name,
-        )
+        numbers = (((equation.invars[1].aval.ndim - 1,), (contract,)), ((), ()))
+        site = replace(_site(equation, weight, path, scans, place=2, source=1, operand=1, numbers=numbers), name=name)
         if len(facts) > 3:
             bias = facts[3]
             if not isinstance(bias, Parameter) or not exact(bias.view):
@@ -249,6 +233,27 @@ class _Walk:
                 self.found.use([entered, left], "scan carry")
         outs = self(jaxpr, [self.closed] * len(sub), [*constants, *carry, *slices], path, inner)
         return [*carry, *map(_unseen, outs[carried:])]
+
+
+def _site(
+    equation: Equation, weight: Parameter, path: Path, scans: tuple[int, ...], *, place: int, source: int, operand: int, numbers: Any
+) -> Site:
+    """The site at an equation whose operands number ``place`` and ``source`` are the weight and the inputs of a product."""
+    (output,) = equation.outvars
+    return Site(
+        path=path,
+        leaf=weight.leaf,
+        view=weight.view,
+        operand=operand,
+        source=source,
+        scans=scans,
+        weight=tuple(equation.invars[place].aval.shape),
+        inputs=tuple(equation.invars[source].aval.shape),
+        output=tuple(output.aval.shape),
+        dtype=output.aval.dtype,
+        varying=program.varying(output),
+        numbers=numbers,
+    )
 
 
 def _leaves(fact: Fact) -> frozenset[int]:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from kfcore import register_cond, register_kernel
 from kfcore.linalg import symmetrise
+from kfcore_jax import program
 
 
 def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
@@ -22,7 +22,7 @@ def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[...
     """
     if not isinstance(predicate, Tracer):
         return then(*operands) if bool(predicate) else otherwise(*operands)
-    branches = [_closed(branch, operands) for branch in (then, otherwise)]
+    branches = [_Branch(branch, operands) for branch in (then, otherwise)]
 
     @jax.custom_batching.custom_vmap
     def choose(predicate: Any, consts: Any, operands: Any) -> Any:
@@ -47,14 +47,13 @@ def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[...
     return choose(predicate, [branch.consts for branch in branches], operands)
 
 
-class _closed:  # noqa: N801
+class _Branch:
     """A function with what it closes over made visible, so that a batch of it may be batched too."""
 
     def __init__(self, function: Callable[..., Any], operands: Any) -> None:
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
-        self.consts = list(program.consts)
-        inner = program.jaxpr
-        self._run = jaxpr_as_fun(ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), ()))
+        closed, shapes = program.trace(function, *operands)
+        self.consts = list(closed.consts)
+        self._run = program.of_constants(closed)
         self._tree = jax.tree.structure(shapes)
 
     def __call__(self, consts: Any, operands: Any) -> Any:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 import kfcore
 from kfcore import Linear
-from kfcore_jax.analysis import Findings
-from kfcore_jax.program import Path
+from kfcore_jax.analysis import Findings, is_trained
 from kfcore_jax.sites import Dense, dense
 from kfcore_jax.views import View, apply, undo
 
@@ -26,6 +25,8 @@ class Placement:
     """Where a parameter of the user's tree is in the core."""
 
     name: str
+    shape: tuple[int, ...]
+    """As the user has it."""
     view: View = ()
 
     def shown(self, x: Any) -> Any:
@@ -65,17 +66,13 @@ class Layout:
         for name, layer in self.model.layers.items():
             held = {role for role, parameter in self.model.roles(name).items() if names[parameter] in paths}
             if "weight" in held:
-                layers[name] = layer if len(held) == len(layer.parameters) else _without_bias(layer)
+                layers[name] = layer if len(held) == len(layer.parameters) else replace(layer, bias=None)
             elif held:
                 others[f"{name}.bias"] = layer.parameters["bias"]
                 reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
         return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys())
-
-
-def _without_bias(layer: Linear) -> Linear:
-    return Linear(layer.in_features, layer.out_features, None, layer.sharing, layer.layout, layer.stack)
 
 
 def layout(
@@ -105,12 +102,12 @@ def layout(
         owned = _own_bias(found, owners, uses_here, uses)
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
         layers[name] = Linear(first.ins, first.outs, bias if owned is not None else None, how, first.layout, first.stack)
-        places[paths[leaf]] = Placement(f"{name}.weight", first.weight)
+        places[paths[leaf]] = Placement(f"{name}.weight", tuple(arrays[paths[leaf]].shape), first.weight)
         sites[name] = tuple(uses_here)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
         reasons[f"{name}.weight"] = f"dense: {paths[leaf]}{times}"
         if owned is not None:
-            places[paths[owned]] = Placement(f"{name}.bias", first.site.bias_view)
+            places[paths[owned]] = Placement(f"{name}.bias", tuple(arrays[paths[owned]].shape), first.site.bias_view)
             reasons[f"{name}.bias"] = f"bias of {name}: {paths[owned]}"
         else:
             refused |= {b: "bias that more than one layer adds, or that is used elsewhere too" for b in biases if b is not None}
@@ -121,8 +118,8 @@ def layout(
         name = short[leaf]
         if any(name in (f"{n}.weight", f"{n}.bias", n) for n in layers):
             name = path
-        places[path] = Placement(name)
         others[name] = tuple(arrays[path].shape)
+        places[path] = Placement(name, others[name])
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
     regularised = frozenset(name for name, uses_here in sites.items() if uses_here[0].site.leaf in found.regularised)
     return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised)
@@ -130,7 +127,7 @@ def layout(
 
 def leaves_of(tree: Any) -> dict[str, Any]:
     """Real floating arrays of a tree by path, such as ``"params.Dense_0.kernel"``."""
-    return {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+    return {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree) if is_trained(x)}
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -155,19 +152,14 @@ def _layer_name(short: Sequence[str], leaf: int) -> str:
     return head if head and last in WEIGHTS and len(twins) == 1 else short[leaf]
 
 
-def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Dense]], dict[int, list[Path]]]:
-    """Uses of every weight, those named by hand alone where there are any; and the sites that add every bias."""
+def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Dense]], Counter[int]]:
+    """Uses of every weight, those named by hand alone where there are any; and how many of them add every bias."""
     uses: dict[int, list[Dense]] = {}
     for site in found.sites.values():
         uses.setdefault(site.leaf, []).append(dense(site))
     for leaf, all_uses in uses.items():
         uses[leaf] = [use for use in all_uses if use.site.name] or all_uses
-    owners: dict[int, list[Path]] = {}
-    for all_uses in uses.values():
-        for use in all_uses:
-            if use.site.bias is not None:
-                owners.setdefault(use.site.bias, []).append(use.site.path)
-    return uses, owners
+    return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
 def _obstacle(found: Findings, leaf: int, uses: Sequence[Dense]) -> str | None:
@@ -180,7 +172,7 @@ def _obstacle(found: Findings, leaf: int, uses: Sequence[Dense]) -> str | None:
     return None
 
 
-def _own_bias(found: Findings, owners: Mapping[int, list[Path]], uses: Sequence[Dense], weights: Mapping[int, Any]) -> int | None:
+def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Dense], weights: Mapping[int, Any]) -> int | None:
     """The bias that every use of the layer adds, if nothing else touches it."""
     first = uses[0].site
     bias = first.bias
@@ -188,7 +180,7 @@ def _own_bias(found: Findings, owners: Mapping[int, list[Path]], uses: Sequence[
         return None
     if bias in found.uses and not first.name:
         return None
-    return bias if len(owners[bias]) == len(uses) else None
+    return bias if owners[bias] == len(uses) else None
 
 
 def _other_reason(found: Findings, leaf: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -12,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfcore import Loss, Method, fisher_vectors
+from kfcore.checkpoint import translated
 from kfcore_jax import program
-from kfcore_jax.analysis import Findings, analyse
+from kfcore_jax.analysis import analyse
 from kfcore_jax.evaluation import evaluate
 from kfcore_jax.layout import Layout, Sharing, layout, leaves_of, path_of
+from kfcore_jax.program import Path
 from kfcore_jax.records import Records
-from kfcore_jax.sites import Dense
+from kfcore_jax.sites import Dense, Site
 
 Function = Callable[..., Any]
 
@@ -52,13 +53,14 @@ class Model:
         """
         tapped = _Tapped(self.function, params, args, self.has_aux)
         uses = self._uses(tapped)
+        sites = _sites(uses)
 
         def loss(params: Any, taps: Any) -> Any:
-            value, aux, inputs = tapped(params, taps)
+            value, aux, inputs = tapped(params, sites, taps)
             return value, (aux, inputs)
 
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-        (value, (aux, inputs)), (grads, found) = call(params, tapped.zeros(uses))
+        (value, (aux, inputs)), (grads, found) = call(params, _zeros(sites))
         layers = {
             name: [(use.inputs(inputs[use.site.path]), use.output_grads(found[use.site.path])) for use in of_layer]
             for name, of_layer in uses.items()
@@ -97,16 +99,14 @@ class Model:
             raise ValueError("`key` must be given: fisher='mc' draws labels from the model")
         tapped = _Tapped(predict, params, args, False)
         uses = self._uses(tapped)
+        sites = _sites(uses)
 
         def outputs_of(taps: Any) -> Any:
-            outputs, _, inputs = tapped(params, taps)
+            outputs, _, inputs = tapped(params, sites, taps)
             return outputs, inputs
 
-        outputs, pull, inputs = jax.vjp(outputs_of, tapped.zeros(uses), has_aux=True)
+        outputs, pull, inputs = jax.vjp(outputs_of, _zeros(sites), has_aux=True)
         terms = loss.terms(outputs, targets)
-        layers: dict[str, list[Any]] = {
-            name: [(use.inputs(inputs[use.site.path]), None) for use in of_layer] for name, of_layer in uses.items()
-        }
         if method.fisher == "mc":
             assert key is not None
             sample = lambda key: loss.sample(outputs, targets, _Draw(key, outputs.dtype))  # noqa: E731
@@ -114,14 +114,15 @@ class Model:
         else:
             vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
         pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
-        for name, of_layer in uses.items():
-            for index, use in enumerate(of_layer):
-                grads = jax.vmap(use.output_grads)(pulled[use.site.path])
-                axis = len(use.stack)
-                grads = jnp.moveaxis(grads, 0, axis)
-                merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
-                layers[name][index] = (layers[name][index][0], grads.reshape(merged))
-        return Records(layers, terms)
+
+        def record(use: Dense) -> tuple[jax.Array, jax.Array]:
+            """The vectors take their place behind the axes of the stack, as further examples."""
+            axis = len(use.stack)
+            grads = jax.vmap(use.output_grads, out_axes=axis)(pulled[use.site.path])
+            merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
+            return use.inputs(inputs[use.site.path]), grads.reshape(merged)
+
+        return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms)
 
     def named_arrays(self, params: Any) -> dict[str, np.ndarray]:
         """Parameters as NumPy arrays by name, weights as ``[out, in]``: what a PyTorch ``state_dict`` of the same layers holds."""
@@ -141,22 +142,20 @@ class Model:
             As in :func:`kfcore.load`: by layer or parameter of this model, what it is called in ``arrays``.
 
         """
-        there = names or {}
+        shapes = self.layout.model.shapes()
 
         def fill(keys: Any, x: Any) -> Any:
             place = self.layout.places.get(path_of(keys))
             if place is None:
                 return x
-            head, _, role = place.name.rpartition(".")
-            name = there.get(place.name) or (f"{there[head]}.{role}" if head in there else place.name)
+            name = translated(place.name, names or {})
             if name not in arrays:
                 raise ValueError(f"`arrays` lack {name!r}, for the parameter {path_of(keys)}")
             value = self._turned(place.name, np.asarray(arrays[name]))
-            shape = jax.eval_shape(place.shown, x).shape
+            shape = shapes[place.name]
             if value.shape != shape:
-                raise ValueError(
-                    f"`arrays` must hold {name!r} with shape {self._turned(place.name, np.empty(shape)).shape}, got {arrays[name].shape}"
-                )
+                wanted = self._turned(place.name, np.empty(shape)).shape
+                raise ValueError(f"`arrays` must hold {name!r} with shape {wanted}, got {tuple(arrays[name].shape)}")
             return place.back(jnp.asarray(value, x.dtype))
 
         return jax.tree_util.tree_map_with_path(fill, like)
@@ -281,8 +280,6 @@ class _Tapped:
     def __init__(self, function: Function, params: Any, args: Any, has_aux: bool) -> None:
         self.params, self.args, self.has_aux = params, args, has_aux
         self.closed, self.shapes = program.trace(function, params, *args)
-        self.floating = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in jax.tree.leaves(params)]
-        self.sites: dict[Any, Any] = {}
 
     def check_scalar(self) -> None:
         if self.has_aux and not (isinstance(self.shapes, tuple) and len(self.shapes) == 2):
@@ -294,39 +291,25 @@ class _Tapped:
             raise ValueError(f"`loss_fn` must return a scalar of real floating point, got {came}{hint}")
 
     def layout(self, how: Mapping[str, Any]) -> Layout:
-        leaves = jax.tree.leaves(self.params)
-        others = jax.tree.leaves(self.args)
-        found = analyse(self.closed.jaxpr, leaves, len(others))
-        return layout(self.params, _floating(found, self.floating), **how)
+        found = analyse(self.closed.jaxpr, jax.tree.leaves(self.params), len(jax.tree.leaves(self.args)))
+        return layout(self.params, found, **how)
 
-    def zeros(self, uses: Mapping[str, tuple[Dense, ...]]) -> dict[Any, jax.Array]:
-        """Taps at the sites that will be used."""
-        self.sites = {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
-        return {path: program.zeros(site.tap, site.dtype, site.varying) for path, site in self.sites.items()}
-
-    def __call__(self, params: Any, taps: Any) -> tuple[Any, Any, Any]:
+    def __call__(self, params: Any, sites: Mapping[Path, Site], taps: Any) -> tuple[Any, Any, Any]:
         """Value, auxiliary output and inputs of the sites."""
-        outs, inputs = evaluate(
-            self.closed.jaxpr, self.closed.consts, [*jax.tree.leaves(params), *jax.tree.leaves(self.args)], self.sites, taps
-        )
+        args = [*jax.tree.leaves(params), *jax.tree.leaves(self.args)]
+        outs, inputs = evaluate(self.closed.jaxpr, self.closed.consts, args, sites, taps)
         tree = jax.tree.unflatten(jax.tree.structure(self.shapes), outs)
         value, aux = tree if self.has_aux else (tree, None)
         return value, aux, inputs
 
 
-def _floating(found: Findings, floating: list[bool]) -> Findings:
-    """Findings with leaves counted among the floating ones alone, which are all that is trained."""
-    if all(floating):
-        return found
-    number = {leaf: sum(floating[:leaf]) for leaf, is_floating in enumerate(floating) if is_floating}
-    sites = {
-        p: replace(s, leaf=number[s.leaf], bias=None if s.bias is None else number.get(s.bias))
-        for p, s in found.sites.items()
-        if s.leaf in number
-    }
-    uses = {number[leaf]: how for leaf, how in found.uses.items() if leaf in number}
-    touched, regularised = ({number[leaf] for leaf in leaves if leaf in number} for leaves in (found.touched, found.regularised))
-    return Findings(sites, uses, touched, regularised)
+def _sites(uses: Mapping[str, tuple[Dense, ...]]) -> dict[Path, Site]:
+    return {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
+
+
+def _zeros(sites: Mapping[Path, Site]) -> dict[Path, jax.Array]:
+    """Taps, before anything is added to them."""
+    return {path: program.zeros(site.tap, site.dtype, site.varying) for path, site in sites.items()}
 
 
 class _Draw:

@@ -54,6 +54,12 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     return jax.make_jaxpr(function, return_shape=True)(*args)
 
 
+def of_constants(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """A program as a function of its constants and then its inputs."""
+    inner = closed.jaxpr
+    return jaxpr_as_fun(ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), ()))
+
+
 def varying(variable: Any) -> tuple[str, ...]:
     """Axes of a ``shard_map`` with checks over which a variable differs."""
     aval = variable.aval

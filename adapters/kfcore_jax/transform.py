@@ -16,6 +16,7 @@ from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import merge
 from kfcore.stepsize import guarded
+from kfcore_jax.analysis import is_trained
 from kfcore_jax.layout import Layout, leaves_of, path_of
 from kfcore_jax.model import Model
 from kfcore_jax.records import Records
@@ -107,7 +108,7 @@ def optimizer(
         clip=None if clip is None else _schedule(clip),
         graft=graft,
     )
-    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": _grouped(group), "spread": spread}
+    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
     return Transformation.of(_Core(method, model, step, damping, axis_name, options))
 
 
@@ -127,7 +128,7 @@ def scale_by_curvature(
 
     Where a direction is not finite all of them are zero and the step counts as skipped.
     """
-    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": _grouped(group), "spread": spread}
+    options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
     return Transformation.of(_Directions(method, model, StepSize(momentum=0.0, graft=graft), damping, axis_name, options))
 
 
@@ -142,7 +143,9 @@ class _Core:
         if isinstance(damping, (int, float)):
             check_positive("damping", damping)
         self.method, self.model, self.step, self.damping, self.axis_name = method, model, step, damping, axis_name
-        self._options = options
+        # stacking equal blocks saves launches, which cost where the device is not the host
+        group = jax.default_backend() != "cpu" if options["group"] is None else options["group"]
+        self._options: dict[str, Any] = options | {"group": group}
         self._bound: dict[frozenset[str], tuple[Layout, ModelOptimizer]] = {}
         self._of_layout(model.layout)
 
@@ -156,11 +159,8 @@ class _Core:
                 raise ValueError(f"`params` must be those of the traced model; it has no {', '.join(unknown) or 'parameter in them'}")
             self._of_layout(self.model.layout.only(paths), paths)
         layout, optimizer = self._bound[paths]
-        shapes = layout.model.shapes()
         for path, x in arrays.items():
-            place = layout.places[path]
-            shown = jax.eval_shape(place.shown, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape if x.size == _size(shapes[place.name]) else ()
-            if tuple(shown) != shapes[place.name]:
+            if tuple(x.shape) != layout.places[path].shape:
                 raise ValueError(f"`params` have shape {tuple(x.shape)} at {path}, which is not that of the traced model")
         return layout, optimizer
 
@@ -168,9 +168,8 @@ class _Core:
         """The optimizer that made a state, known by its blocks."""
         if not isinstance(state, OptimizerState):
             raise TypeError(f"`state` must be this transformation's own, got {type(state).__name__}; take it out of the chain's")
-        blocks = state.curvature.blocks.keys()
         for _, optimizer in self._bound.values():
-            if optimizer.preconditioner.blocks.keys() == blocks:
+            if optimizer.made(state):
                 return optimizer
         raise ValueError("`state` is of another model: this optimizer has no such blocks")
 
@@ -194,7 +193,7 @@ class _Core:
         """
         del extra  # of other transformations in a chain
         layout, optimizer = self.bind(updates)
-        if not isinstance(state, OptimizerState) or state.curvature.blocks.keys() != optimizer.preconditioner.blocks.keys():
+        if not isinstance(state, OptimizerState) or not optimizer.made(state):
             raise ValueError("`state` is of another model: make one by `init` from the parameters that are trained")
         if records is None:
             raise ValueError("`records` must be given to `update`: take them from `model.value_grad_and_records(params, ...)`")
@@ -248,22 +247,11 @@ def _schedule(value: Number) -> Any:
     return lambda _: value
 
 
-def _grouped(group: bool | None) -> bool:
-    return jax.default_backend() != "cpu" if group is None else group
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
 def _unflatten(layout: Layout, found: Mapping[str, jax.Array], like: Any) -> Any:
     """Updates by name in the tree of the gradients; zeros for what is not trained (integers)."""
 
     def update(keys: Any, grad: Any) -> Any:
-        place = layout.places.get(path_of(keys)) if jnp.issubdtype(jnp.result_type(grad), jnp.floating) else None
+        place = layout.places.get(path_of(keys)) if is_trained(grad) else None
         if place is None:
             return grad if grad.dtype == jax.dtypes.float0 else jnp.zeros_like(grad)
         return place.back(found[place.name])
