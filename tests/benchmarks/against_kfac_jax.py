@@ -8,9 +8,7 @@ kfac-jax 0.0.8 runs with JAX up to 0.9.1, so it needs an environment of its own:
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import kfac_jax
 import optax
+from interleaved import BLOCK, line, measure, options, write
 
 import kfcore as kf
 import kfcore_jax
 
-BLOCK, BATCH, RATE = 10, 128, 1e-3
+BATCH, RATE = 128, 1e-3
 
 
 def initial(width: int) -> dict[str, dict[str, jax.Array]]:
@@ -126,12 +125,11 @@ def theirs(width: int, x: jax.Array, y: jax.Array) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few repetitions")
-    quick = parser.parse_args().quick
+    arguments = options(__doc__)
     print(
         f"jax {jax.__version__}, kfac-jax {kfac_jax.__version__}, kfcore {kf.__version__}; medians of blocks of {BLOCK} steps, one thread"
     )
+    result: dict[str, object] = {"jax": jax.__version__, "kfac-jax": kfac_jax.__version__, "kfcore": kf.__version__}
     for width, repetitions in ((128, 30), (1024, 10)):
         x = jax.random.normal(jax.random.key(1), (BATCH, 64))
         y = jax.random.randint(jax.random.key(2), (BATCH,), 0, 10)
@@ -143,21 +141,13 @@ def main() -> None:
             first[make.__name__] = time.perf_counter() - start
             for _ in range(2 * BLOCK):
                 arms[make.__name__]()
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(5 if quick else repetitions):
-            for name, run in arms.items():
-                start = time.perf_counter()
-                for _ in range(BLOCK):
-                    run()
-                times[name].append((time.perf_counter() - start) / BLOCK * 1e3)
+        rows = measure(arms, 5 if arguments.quick else repetitions)
+        result[f"64-{width}-{width}-10"] = rows
         print(f"64-{width}-{width}-10, batch {BATCH}, float32")
-        for name, own in times.items():
-            ratios = [t / s for t, s in zip(own, times["sgd"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            print(
-                f"  {name:8}{statistics.median(own):9.2f} ms  {middle:6.2f} x  ({low:.2f}...{high:.2f})"
-                f"  set-up and first step {first[name]:.2f} s"
-            )
+        for name, row in rows.items():
+            row["first_step_s"] = first[name]
+            print(f"{line(name, row)}  set-up and first step {first[name]:.2f} s")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -17,25 +17,21 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import argparse
-import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from interleaved import BLOCK, line, measure, options, state, write
 
 import kfcore as kf
 import kfcore_jax
 
-BLOCK = 10
 BATCH = 128
 METHODS = {"kfac": kf.KFAC(damping=1e-2, refresh_every=BLOCK)}
 
@@ -85,47 +81,22 @@ def arm(width: int, method: kf.Method | None) -> tuple[Callable[[], None], float
     return step, time.perf_counter() - start, size
 
 
-def block(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    for _ in range(BLOCK):
-        step()
-    return (time.perf_counter() - start) / BLOCK * 1e3
-
-
 def race(width: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a step and ratios to SGD of every arm, as medians with quartiles."""
+    """Rows of :func:`interleaved.measure` with the first step's seconds and the bytes of every arm's state."""
     arms = {"sgd": arm(width, None)} | {name: arm(width, method) for name, method in METHODS.items()}
     # with the first step this makes a block, so that those timed begin at a refresh
     for step, _, _ in arms.values():
         for _ in range(BLOCK - 1):
             step()
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(repetitions):
-        for name, (step, _, _) in arms.items():
-            times[name].append(block(step))
-    rows = {}
-    for name, of_arm in times.items():
-        ratios = [mine / sgd for mine, sgd in zip(of_arm, times["sgd"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        _, first, size = arms[name]
-        measured, reported = size()
-        rows[name] = {
-            "ms": statistics.median(of_arm),
-            "ratio": statistics.median(ratios),
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "first_step_s": first,
-            "state_bytes": measured,
-            "reported_bytes": reported,
-        }
+    rows = measure({name: step for name, (step, _, _) in arms.items()}, repetitions)
+    for name, (_, first, size) in arms.items():
+        rows[name]["first_step_s"] = first
+        rows[name]["state_bytes"], rows[name]["reported_bytes"] = size()
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
+    arguments = options(__doc__)
     result: dict[str, object] = {"jax": jax.__version__, "machine": platform.machine(), "kfcore": kf.__version__}
     # a program of its own first, so that starting XLA is on nobody's clock
     jax.block_until_ready(jax.jit(jnp.tanh)(jnp.zeros(3)))
@@ -134,11 +105,8 @@ def main() -> None:
         result[f"64-{width}-{width}-10"] = rows
         print(f"64-{width}-{width}-10, batch {BATCH}, float32, one thread, statistics every step, refresh every {BLOCK}")
         for name, row in rows.items():
-            spread = f"{row['ratio']:5.2f} x  ({row['ratio_q1']:.2f}...{row['ratio_q3']:.2f})"
-            size = f"state {row['state_bytes']:,} bytes, reported {row['reported_bytes']:,}"
-            print(f"  {name:8}{row['ms']:9.2f} ms  {spread}  first step {row['first_step_s']:.2f} s  {size}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2))
+            print(f"{line(name, row)}  first step {row['first_step_s']:.2f} s{state(row)}")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

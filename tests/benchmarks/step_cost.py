@@ -7,21 +7,16 @@ A block is ten whole steps (forward, backward, update), so that every block hold
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from interleaved import BLOCK, line, measure, options, state, write
 from torch import nn
 
 import kfcore as kf
 from kfcore_torch import Optimizer
 
-BLOCK = 10
 BATCH = 128
 METHODS = {
     "kfac": kf.KFAC(damping=1e-2, refresh_every=BLOCK),
@@ -54,43 +49,20 @@ def arm(width: int, method: kf.Method | None) -> tuple[Callable[[], None], Calla
     return step, size
 
 
-def block(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    for _ in range(BLOCK):
-        step()
-    return (time.perf_counter() - start) / BLOCK * 1e3
-
-
 def race(width: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a step and ratios to SGD of every arm, as medians with quartiles."""
+    """Rows of :func:`interleaved.measure` with the bytes of every arm's state."""
     arms = {"sgd": arm(width, None)} | {name: arm(width, method) for name, method in METHODS.items()}
     for step, _ in arms.values():
-        block(step)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(repetitions):
-        for name, (step, _) in arms.items():
-            times[name].append(block(step))
-    rows = {}
-    for name, of_arm in times.items():
-        ratios = [mine / sgd for mine, sgd in zip(of_arm, times["sgd"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        measured, reported = arms[name][1]()
-        rows[name] = {
-            "ms": statistics.median(of_arm),
-            "ratio": statistics.median(ratios),
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "state_bytes": measured,
-            "reported_bytes": reported,
-        }
+        for _ in range(BLOCK):
+            step()
+    rows = measure({name: step for name, (step, _) in arms.items()}, repetitions)
+    for name, (_, size) in arms.items():
+        rows[name]["state_bytes"], rows[name]["reported_bytes"] = size()
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few repetitions")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
+    arguments = options(__doc__)
     torch.set_num_threads(1)
     result: dict[str, object] = {"torch": torch.__version__, "machine": platform.machine(), "kfcore": kf.__version__}
     for width, repetitions in ((128, 40), (512, 12), (1024, 12)):
@@ -98,10 +70,8 @@ def main() -> None:
         result[f"64-{width}-{width}-10"] = rows
         print(f"64-{width}-{width}-10, batch {BATCH}, float32, one thread, statistics every step, refresh every {BLOCK}")
         for name, row in rows.items():
-            spread = f"{row['ratio']:5.2f} x  ({row['ratio_q1']:.2f}...{row['ratio_q3']:.2f})"
-            print(f"  {name:22}{row['ms']:9.2f} ms  {spread}  state {row['state_bytes']:,} bytes, reported {row['reported_bytes']:,}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2))
+            print(line(name, row) + state(row))
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
