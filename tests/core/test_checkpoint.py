@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import kfcore as kf
+from kfcore.checkpoint import translated
 
 METHODS = {
     "factored": lambda: kf.KFAC(damping=0.1, refresh_every=3),
@@ -216,3 +217,11 @@ def test_a_saved_file_has_the_permissions_of_any_other_new_file(saved):
     other = path.with_name("other")
     other.write_text("")
     assert path.stat().st_mode == other.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("enc.0.fc.weight", "first.fc.weight"), ("enc.1.fc.weight", "encoder.1.fc.weight"), ("enc", "encoder"), ("encoder.0", "encoder.0")],
+)
+def test_a_name_stands_for_all_below_it_and_the_longest_counts(name, expected):
+    assert translated(name, {"enc": "encoder", "enc.0": "first"}) == expected
