@@ -90,6 +90,13 @@ def scalar(xp: Namespace, value: float | Array, like: Array) -> Array:
     return cast(xp, value, like.dtype)
 
 
+def own(xp: Namespace, x: Array, source: Array) -> Array:
+    """``x``, made of ``source`` and of the same entries or others, without its memory: whoever writes into ``source`` leaves it alone."""
+    if library(xp) == "jax" or x.dtype != source.dtype or math.prod(x.shape) != math.prod(source.shape):
+        return x
+    return xp.asarray(x, copy=True)
+
+
 def is_real_floating(xp: Namespace, x: Array) -> bool:
     """Whether ``x`` holds real floating-point numbers (half and bfloat16 included)."""
     return bool(xp.isdtype(x.dtype, "real floating"))

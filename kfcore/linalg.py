@@ -67,6 +67,12 @@ def gram(xp: Namespace, x: Array) -> Array:
 
 
 @primitive
+def energy(xp: Namespace, x: Array) -> Array:
+    """Sum of the squares of ``x [..., n, d]``: ``[...]``, the trace of :func:`gram`."""
+    return xp.sum(x * x, axis=(-2, -1))
+
+
+@primitive
 def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
     """``keep old + weight new`` where ``ok``, else ``old``; matrices ``[..., m, n]`` and the rest ``[...]``, or the rest single.
 
@@ -77,6 +83,12 @@ def blend(xp: Namespace, old: Array, new: Array, keep: Any, weight: Any, ok: boo
     if ok.ndim:
         keep, weight, ok = keep[..., None, None], weight[..., None, None], ok[..., None, None]
     return xp.where(ok, keep * old + weight * new, old)
+
+
+@primitive
+def absorb(xp: Namespace, old: Array, rows: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
+    """:func:`blend` of ``old [..., d, d]`` with the second moment of ``rows [..., n, d]``."""
+    return blend(xp, old, gram(xp, rows), keep, weight, ok)
 
 
 @primitive

@@ -12,6 +12,7 @@ from kfcore.curvature.base import Method, Needs
 from kfcore.model import Model
 from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report, report
+from kfcore.statistics import GradientRows, KroneckerStatistics, rows_of
 from kfcore.stepsize import StepSize, StepState
 
 Reduction = Literal["mean", "sum"]
@@ -112,6 +113,7 @@ class ModelOptimizer:
         terms: float | Array | None,
         loss_scale: float | Array = 1.0,
         overrides: Mapping[str, Any] | None = None,
+        rows: Mapping[str, GradientRows] | None = None,
     ) -> tuple[dict[str, Array], OptimizerState]:
         """Updates to be added to the parameters, and the new state.
 
@@ -130,10 +132,12 @@ class ModelOptimizer:
         overrides
             ``"learning_rate"``, ``"weight_decay"`` and ``"clip"`` as in :func:`kfcore.stepsize.apply`, and ``"damping"``: one
             value, or one a block by name.
+        rows
+            By block, rows whose product is the gradient, as ``grads`` have it. Where not given, those that the statistics hold are tried.
         """
         overrides = dict(overrides or {})
         grads, directions, curvature = self.directions(
-            grads, state, statistics, terms=terms, loss_scale=loss_scale, damping=overrides.pop("damping", None)
+            grads, state, statistics, terms=terms, loss_scale=loss_scale, damping=overrides.pop("damping", None), rows=rows
         )
         count = state.curvature.steps
         updates, step = stepsize.apply(self.step_size, params, grads, directions, state.step, count, overrides)
@@ -148,6 +152,7 @@ class ModelOptimizer:
         terms: float | Array | None,
         loss_scale: float | Array = 1.0,
         damping: Any = None,
+        rows: Mapping[str, GradientRows] | None = None,
     ) -> tuple[dict[str, Array], dict[str, Array], PreconditionerState]:
         """The first half of :meth:`update`: gradients of the mean loss, their directions, and the new curvature state."""
         if not grads:
@@ -158,9 +163,13 @@ class ModelOptimizer:
         scale = _positive(terms) if self.loss_reduction == "sum" else None
         grads = {name: grad if scale is None else grad / scale for name, grad in grads.items()}
         matrices = self.model.matrices(grads)
-        curvature = self._observe(state, statistics, matrices, terms, loss_scale)
+        curvature, seen = self._observe(state, statistics, matrices, terms, loss_scale)
         curvature = self.preconditioner.refresh(curvature, damping)
-        directions = self.preconditioner.precondition(curvature, matrices)
+        if rows is None:
+            rows = {name: found for name, part in seen.items() if (found := rows_of(part, 1.0 / loss_scale)) is not None}
+        if scale is not None:
+            rows = {name: found._replace(scale=found.scale / scale) for name, found in rows.items()}
+        directions = self.preconditioner.precondition(curvature, matrices, rows)
         if self.step_size.graft:
             directions = stepsize.graft(matrices, directions)
         return grads, self.model.parameters(directions), curvature._replace(steps=curvature.steps + 1)
@@ -173,12 +182,9 @@ class ModelOptimizer:
         ``total`` sums an array or a number over the ranks. Each rank's output gradients must come from its own mean (or sum) loss.
         """
         everyone = total(terms)
-        summed = {}
-        for name, part in statistics.items():
-            part = part.over(self._over(terms)).weighing(terms)
-            part = type(part)(*(None if field is None else total(field) for field in part))
-            summed[name] = part.weighing(self._over(everyone))
-        return summed, everyone
+        summed = {name: part.weighing(self._share(terms)).across(total) for name, part in statistics.items()}
+        weight, over = 1.0 / _positive(self._share(everyone)), self._over(everyone)
+        return {name: part.weighing(weight).over(over) for name, part in summed.items()}, everyone
 
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
         """Counters as host numbers: steps taken and skipped, and by block the statistics dropped and the refreshes that failed.
@@ -208,8 +214,11 @@ class ModelOptimizer:
         matrices: Mapping[str, Array],
         terms: float | Array | None,
         loss_scale: float | Array,
-    ) -> PreconditionerState:
-        """Take statistics where they are due: those captured, with the loss reduction undone, and those of the gradients."""
+    ) -> tuple[PreconditionerState, Mapping[str, KroneckerStatistics]]:
+        """Take statistics where they are due: those captured, with the loss reduction undone, and those of the gradients.
+
+        Gives those captured of the training loss too, unless they were computed in a branch of a compiled program.
+        """
         curvature = state.curvature
         due = self.stats_due(state)
         if statistics is None and self.model.layers and known(schedule.due(self.method.stats_every, curvature.steps)):
@@ -218,18 +227,22 @@ class ModelOptimizer:
             captured = statistics
             statistics = lambda _: captured  # noqa: E731
 
+        seen: dict[str, KroneckerStatistics] = {}
+
         def take(curvature: PreconditionerState) -> PreconditionerState:
             if terms is None:
                 raise ValueError("`terms` must be given at a step at which statistics are due")
             over = self._over(terms) * loss_scale * loss_scale
-            new = {name: part.over(over) for name, part in statistics(state).items()} if statistics else {}
+            new: dict[str, Any] = {name: part.over(over) for name, part in statistics(state).items()} if statistics else {}
+            if due is True and self.method.fisher == "empirical":
+                seen.update(new)
             for name, block in self.preconditioner.blocks.items():
                 if Needs.GRADIENT in block.method.requires(block.layer) and name in matrices:
                     old = curvature.blocks[name]
                     new[name] = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
             return self.preconditioner.observe(curvature, new) if new else curvature
 
-        return cond(due, take, lambda old: old, curvature)
+        return cond(due, take, lambda old: old, curvature), seen
 
     def _over(self, terms: float | Array) -> float | Array:
         """What sums of raw output gradients are divided by to give the output factor of a mean loss.
@@ -239,6 +252,15 @@ class ModelOptimizer:
         if self.method.fisher == "empirical":
             return _reciprocal(terms) if self.loss_reduction == "mean" else terms
         return terms * self.method.mc_samples if self.method.fisher == "mc" else terms
+
+    def _share(self, terms: float | Array) -> float | Array:
+        """``terms / self._over(terms)``, also of no terms: what the output sum of a part of the batch weighs in that of all.
+
+        The sum of a whole has the same weight, and is divided by it to be one of raw output gradients again.
+        """
+        if self.method.fisher == "empirical":
+            return terms * terms if self.loss_reduction == "mean" else 1.0
+        return 1.0 / self.method.mc_samples if self.method.fisher == "mc" else 1.0
 
 
 def _check_terms(terms: Any) -> None:

@@ -14,6 +14,7 @@ from kfcore.curvature.base import Method
 from kfcore.curvature.diagonal import Diagonal, Tensor
 from kfcore.damping import check_positive
 from kfcore.layers import Layer, check_layers
+from kfcore.statistics import GradientRows
 
 Values = Mapping[str, Any] | float | None
 """One number for all blocks, one a block by name, or ``None`` for what the method says."""
@@ -125,8 +126,10 @@ class Preconditioner:
             return state._replace(blocks=blocks, refreshed=state.refreshed + 1 if counted else state.refreshed)
         return state._replace(blocks=blocks, refreshed=state.refreshed + namespace(counted).astype(counted, state.refreshed.dtype))
 
-    def precondition(self, state: PreconditionerState, grads: Mapping[str, Array]) -> dict[str, Array]:
-        """Directions of ``grads``, by block. Blocks without a gradient have no direction."""
+    def precondition(
+        self, state: PreconditionerState, grads: Mapping[str, Array], rows: Mapping[str, GradientRows] | None = None
+    ) -> dict[str, Array]:
+        """Directions of ``grads``, by block. Blocks without a gradient have no direction; ``rows`` are those of some gradients."""
         directions: dict[str, Array] = {}
         for names in self._groups(state):
             names = [name for name in names if name in grads]
@@ -134,7 +137,8 @@ class Preconditioner:
                 continue
             block = self.blocks[names[0]]
             stacked = _stack([state.blocks[name] for name in names])
-            direction = block.method.precondition(block.layer, stacked, _stack([grads[name] for name in names]))
+            thin = _stack_rows([rows.get(name) for name in names]) if rows else None
+            direction = block.method.precondition(block.layer, stacked, _stack([grads[name] for name in names]), thin)
             directions.update(zip(names, _unstack(direction, len(names)), strict=True))
         return {name: directions[name] for name in grads}
 
@@ -207,6 +211,18 @@ def _same(old: Any) -> Any:
 def _stack(trees: list[Any]) -> Any:
     """One tree of arrays with a new leading axis from equal trees; a single tree stays as it is."""
     return trees[0] if len(trees) == 1 else _map(lambda *leaves: namespace(leaves[0]).stack(leaves), *trees)
+
+
+def _stack_rows(rows: list[GradientRows | None]) -> GradientRows | None:
+    """Those of stacked gradients, if all have as many."""
+    if len(rows) == 1:
+        return rows[0]
+    all_rows = [one for one in rows if one is not None]
+    if len(all_rows) < len(rows) or len({one.inputs.shape[-2] for one in all_rows}) > 1:
+        return None
+    xp = namespace(all_rows[0].inputs)
+    left = xp.stack([one.scale * one.output_grads for one in all_rows])
+    return GradientRows(left, xp.stack([one.inputs for one in all_rows]), known=all(one.known for one in all_rows))
 
 
 def _unstack(tree: Any, n: int) -> list[Any]:

@@ -7,11 +7,41 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from kfcore._array import Array, Namespace, device, finite, number, scalar, truth
-from kfcore.linalg import blend, trace
+from kfcore._array import Array, Namespace, device, finite, namespace, number, own, scalar, truth
+from kfcore.linalg import absorb, blend, energy, gram, trace
 
 Number: TypeAlias = Any
 """A Python float or a 0-d array."""
+
+
+class Moment(NamedTuple):
+    """A sum of outer products of rows with themselves, ``matrix + rows^T rows``. Adding two gives that of all rows.
+
+    Rows that are fewer than their features are kept as they are: they are smaller than their moment, enter an average in one product,
+    and those of a step also give its gradient as a product of two thin matrices (:class:`GradientRows`).
+    """
+
+    matrix: Array | None
+    """``[..., d, d]``, or ``None`` for zero."""
+    rows: Array | None = None
+    """``[..., n, d]``, or ``None`` for zero."""
+
+    @classmethod
+    def of(cls, xp: Namespace, rows: Array, source: Array) -> Moment:
+        """That of ``rows [..., n, d]``, which were made from ``source`` and may share its memory; the moment does not."""
+        return cls(None, own(xp, rows, source)) if rows.shape[-2] <= rows.shape[-1] else cls(gram(xp, rows))
+
+    def __add__(self, other: Moment) -> Moment:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts = [rows for rows in (self.rows, other.rows) if rows is not None]
+        matrix = _plus(self.matrix, other.matrix)
+        if len(parts) < 2 or sum(rows.shape[-2] for rows in parts) <= parts[0].shape[-1]:
+            rows = namespace(*parts).concat(parts, axis=-2) if len(parts) == 2 else parts[0] if parts else None
+            return Moment(matrix, rows)
+        return Moment(functools.reduce(_plus, [gram(namespace(rows), rows) for rows in parts], matrix))
+
+    def whole(self) -> Array:
+        """The sum as one matrix ``[..., d, d]``."""
+        return _plus(self.matrix, None if self.rows is None else gram(namespace(self.rows), self.rows))
 
 
 class KroneckerStatistics(NamedTuple):
@@ -20,20 +50,30 @@ class KroneckerStatistics(NamedTuple):
     ``A = input_sum / input_count`` and ``G = output_sum / output_count``; a side that was not captured is ``None``.
     """
 
-    input_sum: Array | None
-    """Sum of ``a a^T`` over the rows, ``[..., in, in]``."""
+    inputs: Moment | None
+    """Sum of ``a a^T`` over the rows."""
     input_count: Number
     """Number of rows: N S for expand, N for reduce."""
-    output_sum: Array | None
-    """Sum of ``g g^T``, ``[..., out, out]``."""
+    outputs: Moment | None
+    """Sum of ``g g^T``."""
     output_count: Number
     """Number of examples N, or what :meth:`over` put there."""
 
+    @property
+    def input_sum(self) -> Array | None:
+        """``[..., in, in]``."""
+        return None if self.inputs is None else self.inputs.whole()
+
+    @property
+    def output_sum(self) -> Array | None:
+        """``[..., out, out]``."""
+        return None if self.outputs is None else self.outputs.whole()
+
     def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:  # pyright: ignore[reportIncompatibleMethodOverride]
         return KroneckerStatistics(
-            _plus(self.input_sum, other.input_sum),
+            _plus(self.inputs, other.inputs),
             self.input_count + other.input_count,
-            _plus(self.output_sum, other.output_sum),
+            _plus(self.outputs, other.outputs),
             self.output_count + other.output_count,
         )
 
@@ -43,13 +83,55 @@ class KroneckerStatistics(NamedTuple):
         This is how a loss reduction is undone at no cost. If the captured gradients are ``g / M`` (a loss that is a mean over
         M terms) then ``over(1 / M)`` gives the mean over the terms of ``g g^T``; if they are ``g`` (a sum), ``over(M)`` does.
         """
-        return KroneckerStatistics(self.input_sum, self.input_count, self.output_sum, count)
+        return KroneckerStatistics(self.inputs, self.input_count, self.outputs, count)
 
-    def weighing(self, count: Number) -> KroneckerStatistics:
-        """The same mean ``G`` written as a sum over ``count``, so that parts of one batch from several ranks can be added."""
-        if self.output_sum is None or (isinstance(self.output_count, (int, float)) and self.output_count == 0):
-            return self._replace(output_count=count)
-        return self._replace(output_sum=self.output_sum * (count / self.output_count), output_count=count)
+    def weighing(self, share: Number) -> KroneckerStatistics:
+        """The same statistics with ``output_sum`` times ``share``."""
+        return self if self.outputs is None else self._replace(outputs=Moment(self.outputs.whole() * share))
+
+    def across(self, total: Callable[[Any], Any]) -> KroneckerStatistics:
+        """Sums over the ranks of a batch that is spread over them: ``total`` sums an array or a number."""
+        inputs, outputs = (None if side is None else Moment(total(side.whole())) for side in (self.inputs, self.outputs))
+        return KroneckerStatistics(inputs, total(self.input_count), outputs, total(self.output_count))
+
+
+class GradientRows(NamedTuple):
+    """A gradient as a product of the rows that were captured of the same step, ``scale output_grads^T inputs``."""
+
+    output_grads: Array
+    """``[..., n, out]``."""
+    inputs: Array
+    """``[..., n, in]``, with the 1 of a joint bias."""
+    scale: Number = 1.0
+    known: bool = False
+    """Whether it is known to be the gradient; otherwise that is found out by :func:`spans`, where the host can read the answer."""
+
+
+def rows_of(statistics: KroneckerStatistics, scale: Number) -> GradientRows | None:
+    """The rows in statistics of one step, if all are there and each side's belong to the other's."""
+    a, g = statistics.inputs, statistics.outputs
+    if a is None or g is None or a.rows is None or g.rows is None or a.matrix is not None or g.matrix is not None:
+        return None
+    return GradientRows(g.rows, a.rows, scale) if a.rows.shape[:-1] == g.rows.shape[:-1] else None
+
+
+def spans(xp: Namespace, rows: GradientRows, grad: Array) -> bool | Array:
+    """Whether ``grad [..., out, in]`` is the product of ``rows`` to within the rounding errors of that product.
+
+    Both are multiplied with a fixed vector and compared entry by entry (Freivalds 1979), which reads the gradient once: a
+    regulariser's gradient, a clipped one, one summed over ranks or with rows that were not captured is told apart unless it differs by
+    less than about ten roundings. A bool where the host can read it.
+    """
+    n = rows.inputs.shape[-2]
+    k = xp.arange(1, grad.shape[-1] + 1, dtype=grad.dtype, device=device(grad))
+    # of size 1 to 2, so that no entry is overlooked, with signs and sizes that no structure of the gradient is likely to share
+    size = 0.61803398875 * k
+    size = 1.0 + size - xp.floor(size)
+    probe = xp.where(xp.cos(1.41421356237 * k * k / grad.shape[-1]) > 0, size, -size)[:, None]
+    apart = grad @ probe - rows.scale * (rows.output_grads.mT @ (rows.inputs @ probe))
+    spread = (rows.output_grads**2).mT @ (rows.inputs**2 @ probe**2)
+    bound = (rows.scale * 8.0 * xp.finfo(grad.dtype).eps) ** 2 * n * spread
+    return truth(xp, xp.all((apart**2 <= bound) & xp.isfinite(bound)))
 
 
 class GradientStatistics(NamedTuple):
@@ -89,7 +171,7 @@ def unseen(xp: Namespace, like: Array, shapes: tuple[tuple[int, ...] | None, ...
 def observe(
     xp: Namespace,
     average: RunningAverage,
-    totals: tuple[Array | None, ...],
+    totals: tuple[Array | Moment | None, ...],
     counts: tuple[Number, ...],
     decay: float | Array,
     size: Callable[[Array], Array] | None = None,
@@ -97,11 +179,11 @@ def observe(
     """``average`` with the means ``totals / counts`` observed, and whether they were: ``[...]`` of booleans, or a bool
     where the host knows.
 
-    All totals are observed or none: a count of zero, a NaN or an infinity in one leaves the average as it was. They are positive
-    semi-definite matrices, whose finite diagonal bounds all other entries, so that their trace is looked at instead of n^2 numbers;
-    for others give ``size``, a sum of all entries.
+    All totals are observed or none: a count of zero, a NaN or an infinity in one leaves the average as it was. Moments are positive
+    semi-definite, and a finite trace bounds all their entries, so that it is looked at instead of n^2 numbers; for arrays of another
+    kind give ``size``, a sum of all entries.
     """
-    measure: Callable[[Array], Array] = functools.partial(trace, xp) if size is None else size
+    measure: Callable[[Any], Array] = functools.partial(_trace, xp) if size is None else size
     parts, positive = [], True
     for value, total, count in zip(average.values, totals, counts, strict=True):
         if value is not None:
@@ -118,10 +200,26 @@ def observe(
     grown = weight * decay + 1.0
     step = 1.0 / grown
     keep = 1.0 - step
-    new = iter([blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
+    new = iter([_blend(xp, value, total, keep, step * shares, ok) for value, total, shares in parts])
     values = tuple(None if v is None else next(new) for v in average.values)
     grown = scalar(xp, grown, average.weight)
     return RunningAverage(grown if ok is True else xp.where(ok, grown, average.weight), values), ok
+
+
+def _trace(xp: Namespace, total: Moment) -> Array:
+    """Trace of a moment, ``[...]``."""
+    if total.matrix is None:
+        return energy(xp, total.rows)
+    return trace(xp, total.matrix) if total.rows is None else trace(xp, total.matrix) + energy(xp, total.rows)
+
+
+def _blend(xp: Namespace, old: Array, total: Array | Moment, keep: Any, weight: Any, ok: bool | Array) -> Array:
+    """``keep old + weight total`` where ``ok``, else ``old``."""
+    if not isinstance(total, Moment):
+        return blend(xp, old, total, keep, weight, ok)
+    if total.matrix is None:
+        return absorb(xp, old, total.rows, keep, weight, ok)
+    return blend(xp, old, total.whole(), keep, weight, ok)
 
 
 def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]:
@@ -132,5 +230,6 @@ def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]
     return 1.0 / xp.where(count > 0, count, xp.ones_like(count)), count > 0
 
 
-def _plus(x: Array | None, y: Array | None) -> Array | None:
+def _plus(x: Any, y: Any) -> Any:
+    """Sum of two, of which ``None`` is zero."""
     return y if x is None else x if y is None else x + y

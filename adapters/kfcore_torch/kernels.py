@@ -36,6 +36,21 @@ def blend(xp: Any, old: Tensor, new: Tensor, keep: Any, weight: Any, ok: bool | 
     return torch.where(ok, torch.addcmul(old * keep, new, weight), old)
 
 
+def energy(xp: Any, x: Tensor) -> Tensor:
+    """Without an array of squares."""
+    if x.ndim != 2 or not x.is_contiguous():
+        return torch.sum(x * x, dim=(-2, -1))
+    flat = x.view(-1)
+    return torch.dot(flat, flat)
+
+
+def absorb(xp: Any, old: Tensor, rows: Tensor, keep: Any, weight: Any, ok: bool | Tensor) -> Tensor:
+    """The product is added to the scaled average in the pass that makes it."""
+    if ok is True and rows.ndim == 2 and isinstance(keep, float) and isinstance(weight, float):
+        return torch.addmm(old, rows.mT, rows, beta=keep, alpha=weight)
+    return blend(xp, old, rows.mT @ rows, keep, weight, ok)
+
+
 def append(xp: Any, x: Tensor, column: float | Tensor) -> Tensor:
     """Past the promotion rules of the general concatenation."""
     last = column.unsqueeze(-1) if isinstance(column, Tensor) else x.new_full((*x.shape[:-1], 1), column)
@@ -95,7 +110,7 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, append, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
+    for kernel in (truth, number, append, energy, absorb, blend, trace, total, scale_all, shift, sandwich, invert, eigh):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from kfcore._array import Array, Namespace, Schedule, is_real_floating, namespace
 from kfcore.damping import Damping, check_positive
 from kfcore.layers import Layer
+from kfcore.statistics import GradientRows
 
 Fisher = Literal["empirical", "mc", "exact", "forward"]
 FISHERS: tuple[Fisher, ...] = ("empirical", "mc", "exact", "forward")
@@ -132,8 +133,11 @@ class Method(abc.ABC):
         """Recompute what :meth:`precondition` applies. The only expensive verb."""
 
     @abc.abstractmethod
-    def precondition(self, layer: Layer, state: Any, grad: Array) -> Array:
-        """Direction of ``grad [..., out, in]``, of the same shape; the gradient itself before the first refresh."""
+    def precondition(self, layer: Layer, state: Any, grad: Array, rows: GradientRows | None = None) -> Array:
+        """Direction of ``grad [..., out, in]``, of the same shape; the gradient itself before the first refresh.
+
+        ``rows``, if the gradient is their product, may make that cheaper.
+        """
 
     @abc.abstractmethod
     def dense(self, layer: Layer, state: Any) -> Array:

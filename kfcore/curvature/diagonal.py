@@ -10,7 +10,7 @@ from kfcore._array import Array, Namespace, cast, device, factor_dtype, is_real_
 from kfcore.curvature.base import Cost, Method, Needs, count_failure
 from kfcore.damping import check_positive
 from kfcore.layers import Layer
-from kfcore.statistics import GradientStatistics, RunningAverage, observe
+from kfcore.statistics import GradientRows, GradientStatistics, RunningAverage, observe
 
 
 class DiagonalState(NamedTuple):
@@ -124,7 +124,7 @@ class Diagonal(Method):
         ok = state.average.weight > 0
         return state._replace(damping=xp.where(ok, value, state.damping), kept=count_failure(xp, state.kept, ok))
 
-    def precondition(self, layer: Layer, state: DiagonalState, grad: Array) -> Array:
+    def precondition(self, layer: Layer, state: DiagonalState, grad: Array, rows: GradientRows | None = None) -> Array:
         """``grad / (h + damping)^power``, in the dtype of the state."""
         xp = namespace(grad)
         (h,) = state.average.values

@@ -93,6 +93,34 @@ class PrimitiveTests:
             x = rng.normal(size=(*leading, 7, 3))
             self._compare(what, run(self.backend.put(x, dtype)), np.einsum("...ni,...nj->...ij", x, x), dtype)
 
+    def test_energy(self) -> None:
+        """Sum of the squares, of contiguous rows and of columns taken out of wider ones."""
+        rng = np.random.default_rng(12)
+        for what, run, leading, dtype in self._cases("energy"):
+            x = rng.normal(size=(*leading, 7, 3))
+            self._compare(what, run(self.backend.put(x, dtype)), np.sum(x * x, axis=(-2, -1)), dtype)
+            wide = self.backend.put(x, dtype)[..., :2]
+            self._compare(f"{what} of columns", run(wide), np.sum(x[..., :2] ** 2, axis=(-2, -1)), dtype)
+
+    def test_absorb(self) -> None:
+        """A running average with the moment of rows taken in; rows that are not finite leave it as it was."""
+        rng = np.random.default_rng(13)
+        for what, run, leading, dtype in self._cases("absorb"):
+            old, rows = rng.normal(size=(*leading, 3, 3)), rng.normal(size=(*leading, 2, 3))
+            keep, weight = rng.uniform(size=leading), rng.uniform(size=leading)
+            new = keep[..., None, None] * old + weight[..., None, None] * np.einsum("...ni,...nj->...ij", rows, rows)
+            arrays = self.backend.put((old, rows, keep, weight, np.ones(leading, dtype=bool)), dtype)
+            self._compare(what, run(*arrays), new, dtype)
+            arrays = self.backend.put((old, rows * np.nan, keep, weight, np.zeros(leading, dtype=bool)), dtype)
+            self._compare(f"{what}, not ok", run(*arrays), old, dtype)
+        for which, function in implementations("absorb", self.backend.library).items():
+            for ok, new in ((True, 0.25 * old + 2.0 * np.einsum("...ni,...nj->...ij", rows, rows)), (False, old)):
+                flat, few = old.reshape(-1, 3, 3)[0], rows.reshape(-1, 2, 3)[0]
+                result = self.backend.call(
+                    lambda x, y, function=function, ok=ok: function(namespace(x), x, y, 0.25, 2.0, ok), *self.backend.put((flat, few))
+                )
+                self._compare(f"absorb ({which}) on the host, {ok}", result, new.reshape(-1, 3, 3)[0], "float64")
+
     def test_sandwich(self) -> None:
         """Two-sided product, of small matrices and of the odd width that a joint bias makes."""
         rng = np.random.default_rng(2)

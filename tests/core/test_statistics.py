@@ -12,7 +12,23 @@ LAYER = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{type(layer
 
 
 def sums(statistics):
-    return [np.asarray(x) for x in statistics if x is not None]
+    fields = (statistics.input_sum, statistics.input_count, statistics.output_sum, statistics.output_count)
+    return [np.asarray(x) for x in fields if x is not None]
+
+
+def ranks(optimizer, parts, terms):
+    """What the first rank gets when all ranks sum theirs."""
+    calls = []
+
+    def record(value):
+        calls[-1].append(value)
+        return value
+
+    for part, n in zip(parts, terms, strict=True):
+        calls.append([])
+        optimizer.across(part, n, record)
+    totals = iter([sum(values) for values in zip(*calls, strict=True)])
+    return optimizer.across(parts[0], terms[0], lambda _: next(totals))
 
 
 @LAYER
@@ -72,20 +88,53 @@ def test_the_mean_over_terms_undoes_a_loss_reduction(ref, rng, captures):
     assert ref.distance(output_factor(method.reduce(layer, state, x, g / terms).over(1.01 / terms)), want) > 1e-3
 
 
-def test_parts_weighed_by_their_terms_add_up_to_one_mean(ref, rng, captures):
-    x, g = captures(rng, 6, 5)
-    method, layer = kf.KFAC(), kf.Linear(3, 2)
+@pytest.mark.parametrize("n", [6, 2])
+def test_few_rows_are_kept_and_share_no_memory_with_what_was_captured(rng, captures, n):
+    """Six rows of three features are reduced at once, two are kept: the same sums, whatever happens to the captured arrays."""
+    x, g = captures(rng, n)
+    method = kf.KFAC()
+    for layer in (kf.Linear(3, 2, None), kf.Linear(3, 2, "joint"), kf.Linear(3, 2, None, "reduce")):
+        state = method.init(layer, x)
+        a, b = x.copy(), g.copy()
+        statistics = method.reduce(layer, state, a, b)
+        assert (statistics.inputs.rows is None) == (n == 6)
+        before = sums(statistics)
+        a[...] = b[...] = np.nan
+        assert all(np.array_equal(one, other) for one, other in zip(sums(statistics), before, strict=True))
+        rows = layer.output_rows(np, g, g.dtype)
+        assert np.allclose(statistics.output_sum, rows.T @ rows, rtol=1e-14)
+
+
+def test_rows_that_become_many_are_reduced(rng, captures):
+    x, g = captures(rng, 6)
+    method, layer = kf.KFAC(), kf.Linear(3, 2, None)
     state = method.init(layer, x)
-    whole = method.reduce(layer, state, x, g).over(20.0)
+    total = method.reduce(layer, state, x[:1], g[:1])
+    held = []
+    for k in range(1, 6):
+        total = total + method.reduce(layer, state, x[k : k + 1], g[k : k + 1])
+        held.append(0 if total.inputs.rows is None else total.inputs.rows.shape[-2])
+    assert held == [2, 3, 0, 1, 2]
+    whole = method.reduce(layer, state, x, g)
+    assert all(np.allclose(a, b, rtol=1e-13) for a, b in zip(sums(total), sums(whole), strict=True))
+
+
+def test_parts_of_a_batch_on_ranks_with_their_own_mean_losses_add_up_to_one_mean(ref, rng, captures):
+    x, g = captures(rng, 6, 5)
+    optimizer = kf.ModelOptimizer(kf.KFAC(), kf.Model({"fc": kf.Linear(3, 2, None)}), kf.StepSize())
+    state = optimizer.init({"fc.weight": rng.normal(size=(2, 3))})
     terms = (13.0, 7.0)
-    parts = [method.reduce(layer, state, x[p], g[p] / t).over(1.0 / t) for p, t in zip((slice(0, 4), slice(4, 6)), terms, strict=True)]
-    good = parts[0].weighing(terms[0]) + parts[1].weighing(terms[1])
-    for a, b in zip(method.observe(state, good).average.values, method.observe(state, whole).average.values, strict=True):
-        assert ref.distance(a, b) < 1e-13
-    bad = parts[0].weighing(1.05 * terms[0]) + parts[1].weighing(terms[1])
-    assert ref.distance(method.observe(state, bad).average.values[1], method.observe(state, whole).average.values[1]) > 1e-3
-    one_sided = method.reduce(layer, state, x).weighing(3.0)
-    assert one_sided.output_sum is None
+    whole = optimizer.reduce(state, "fc", x, g / 20.0)["fc"].over(1 / 20.0)
+
+    def distance(slip):
+        parts = [optimizer.reduce(state, "fc", x[p], slip * g[p] / t) for p, t in zip((slice(0, 4), slice(4, 6)), terms, strict=True)]
+        summed, everyone = ranks(optimizer, parts, terms)
+        assert everyone == 20.0
+        means = [(s.input_sum / s.input_count, s.output_sum / s.output_count) for s in (summed["fc"], whole)]
+        return max(ref.distance(one, other) for one, other in zip(*means, strict=True))
+
+    assert distance(1.0) < 1e-13
+    assert distance(1.01) > 1e-3
 
 
 @pytest.mark.parametrize("decay", [1e-3, 0.5, 0.95, 1.0])
@@ -171,21 +220,8 @@ def test_a_rank_without_terms_leaves_the_statistics_of_the_others(rng):
     state = optimizer.init({"fc.weight": rng.normal(size=(2, 3))})
     x, g = rng.normal(size=(8, 1, 3)), rng.normal(size=(8, 1, 2)) / 8
 
-    def ranks(sizes):
-        parts = [optimizer.reduce(state, "fc", x[:n], g[:n]) for n in sizes]
-        calls = []
-
-        def record(value):
-            calls.append(value)
-            return value
-
-        for part, n in zip(parts, sizes, strict=True):
-            optimizer.across(part, float(n), record)
-        half = len(calls) // 2
-        totals = iter([a + b for a, b in zip(calls[:half], calls[half:], strict=True)])
-        return optimizer.across(parts[0], float(sizes[0]), lambda _: next(totals))
-
-    summed, terms = ranks([8, 0])
+    parts = [optimizer.reduce(state, "fc", x[:n], g[:n]) for n in (8, 0)]
+    summed, terms = ranks(optimizer, parts, (8.0, 0.0))
     assert terms == 8.0
     alone = optimizer.reduce(state, "fc", x, g)["fc"].over(1 / 8)
     assert np.allclose(summed["fc"].output_sum / summed["fc"].output_count, alone.output_sum / alone.output_count, rtol=1e-12)
