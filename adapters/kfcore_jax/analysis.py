@@ -181,7 +181,8 @@ class _Walk:
         if not exact(weight.view) or not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*equation.invars, *equation.outvars]):
             return False
         numbers = equation.params["dimension_numbers"]
-        self.found.sites[path] = _site(equation, weight, path, scans, place=operand, source=1 - operand, operand=operand, numbers=numbers)
+        site = _site(equation, weight, path, scans, place=operand, source=1 - operand, operand=operand, numbers=numbers)
+        self.found.sites[path] = replace(site, ruled=self.ruled)
         return True
 
     def _tap(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:

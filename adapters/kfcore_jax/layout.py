@@ -51,6 +51,8 @@ class Layout:
     """Why a parameter has the block it has, by its name in the core."""
     regularised: frozenset[str] = frozenset()
     """Layers whose weight also has a term of its own in the loss, which is no part of the curvature."""
+    whole: frozenset[str] = frozenset()
+    """Layers whose gradient is the product of what is captured of them, and nothing else."""
 
     def flat(self, tree: Any) -> dict[str, jax.Array]:
         """Arrays of a tree of the shape of the parameters, by their names in the core."""
@@ -72,7 +74,7 @@ class Layout:
                 reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
-        return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys())
+        return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys(), self.whole & layers.keys())
 
 
 def layout(
@@ -122,7 +124,8 @@ def layout(
         places[path] = Placement(name, others[name])
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
     regularised = frozenset(name for name, uses_here in sites.items() if uses_here[0].site.leaf in found.regularised)
-    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised)
+    whole = frozenset(name for name, uses_here in sites.items() if _whole(found, uses_here))
+    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole)
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:
@@ -181,6 +184,12 @@ def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Dense],
     if bias in found.uses and not first.name:
         return None
     return bias if owners[bias] == len(uses) else None
+
+
+def _whole(found: Findings, uses: Sequence[Dense]) -> bool:
+    """Whether the gradients of a layer's weight and bias come from these uses alone, each by the derivative of what it computes."""
+    leaves = {u.site.leaf for u in uses} | {u.site.bias for u in uses}
+    return leaves.isdisjoint(found.regularised) and not any(u.site.name or u.site.ruled for u in uses)
 
 
 def _other_reason(found: Findings, leaf: int) -> str:

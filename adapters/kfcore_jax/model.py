@@ -65,7 +65,9 @@ class Model:
             name: [(use.inputs(inputs[use.site.path]), use.output_grads(found[use.site.path])) for use in of_layer]
             for name, of_layer in uses.items()
         }
-        return ((value, aux) if self.has_aux else value), grads, Records(layers, self._terms(uses))
+        records = Records(layers, self._terms(uses))
+        records.gradients = leaves_of(grads)
+        return ((value, aux) if self.has_aux else value), grads, records
 
     def fisher_records(
         self,

@@ -19,6 +19,8 @@ class Records:
         """By layer name ``(inputs [*stack, N, S, in], output_grads [*stack, K N, S, out])`` for each use, K the vectors pulled back."""
         self.terms = terms
         """Number of terms in the loss: the rows of the output layer, unless told otherwise."""
+        self.gradients: dict[str, jax.Array] = {}
+        """The gradients of the same evaluation by path. They do not leave the program they are computed in."""
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Arrays, and the number of terms, which is static."""
@@ -29,4 +31,5 @@ class Records:
         """Inverse of :meth:`tree_flatten`."""
         records = object.__new__(cls)
         (records.layers,), records.terms = children, terms
+        records.gradients = {}
         return records

@@ -40,6 +40,8 @@ class Site:
     bias_view: View = ()
     name: str | None = None
     """Given by the user, for a tap."""
+    ruled: bool = False
+    """Whether it lies in a function with a rule of its own for derivatives, which need not be those of what is computed."""
 
     @property
     def tap(self) -> Shape:

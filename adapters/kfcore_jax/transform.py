@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import jax
@@ -12,9 +12,10 @@ import optax
 
 import kfcore
 from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize, schedule
-from kfcore._array import Schedule
+from kfcore._array import Schedule, factor_dtype
 from kfcore.damping import check_positive
 from kfcore.optimizer import merge
+from kfcore.statistics import GradientRows, rows_of
 from kfcore.stepsize import guarded
 from kfcore_jax.analysis import is_trained
 from kfcore_jax.layout import Layout, leaves_of, path_of
@@ -208,22 +209,42 @@ class _Core:
         everyone = local if self.axis_name is None else jax.lax.psum(local, self.axis_name)
 
         def statistics(state: OptimizerState) -> dict[str, Any]:
-            total: dict[str, Any] = {}
-            for name in layout.model.layers:
-                for inputs, output_grads in records.layers[name]:
-                    merge(total, optimizer.reduce(state, name, inputs, None))
-                    merge(total, optimizer.reduce(state, name, None, output_grads))
+            total = _reduced(optimizer, state, records, layout.model.layers)
             if self.axis_name is not None:
                 total, _ = optimizer.across(total, local, lambda x: jax.lax.psum(x, self.axis_name))
             return total
 
         flat = layout.flat(updates)
         shown = {} if params is None else layout.flat(params)
-        found, state = self._step(optimizer, shown, flat, state, statistics, everyone)
-        return _unflatten(layout, found, updates), state
+        given = {"terms": everyone, "rows": self._rows(layout, optimizer, state, records, updates)}
+        found, new = self._step(optimizer, shown, flat, state, statistics, given)
+        return _unflatten(layout, found, updates), new
 
-    def _step(self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, terms: Any) -> Any:
-        return optimizer.update(params, grads, state, statistics, terms=terms, overrides={"damping": self._damping(state)})
+    def _rows(
+        self, layout: Layout, optimizer: ModelOptimizer, state: OptimizerState, records: Records, grads: Any
+    ) -> dict[str, GradientRows]:
+        """By block, rows of the gradients that are known to be products of their records.
+
+        Those are the gradients that the records came with, neither changed nor rounded.
+        """
+        if self.method.fisher != "empirical" or self.axis_name is not None:
+            return {}
+        same = {path for path, g in leaves_of(grads).items() if records.gradients.get(path) is g and factor_dtype(jnp, g.dtype) == g.dtype}
+        names = {place.name for path, place in layout.places.items() if path in same}
+
+        def whole(name: str) -> bool:
+            shared = any(inputs.shape[-2] > 1 for inputs, _ in records.layers[name])
+            return names.issuperset(layout.model.roles(name).values()) and (layout.model.layers[name].sharing == "expand" or not shared)
+
+        # where statistics are due the compiler finds that these are the same
+        parts = _reduced(optimizer, state, records, filter(whole, layout.whole))
+        found = {name: rows_of(part, 1.0) for name, part in parts.items()}
+        return {name: rows._replace(known=True) for name, rows in found.items() if rows is not None}
+
+    def _step(
+        self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, given: dict[str, Any]
+    ) -> Any:
+        return optimizer.update(params, grads, state, statistics, overrides={"damping": self._damping(state)}, **given)
 
     def _damping(self, state: OptimizerState) -> Any:
         return schedule.at(self.damping, state.curvature.steps)
@@ -233,9 +254,21 @@ class _Core:
         self._bound[frozenset(layout.places) if paths is None else paths] = layout, optimizer
 
 
+def _reduced(optimizer: ModelOptimizer, state: OptimizerState, records: Records, names: Iterable[str]) -> dict[str, Any]:
+    """Statistics of the layers ``names``, by block."""
+    total: dict[str, Any] = {}
+    for name in names:
+        for inputs, output_grads in records.layers[name]:
+            merge(total, optimizer.reduce(state, name, inputs, None))
+            merge(total, optimizer.reduce(state, name, None, output_grads))
+    return total
+
+
 class _Directions(_Core):
-    def _step(self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, terms: Any) -> Any:
-        _, found, curvature = optimizer.directions(grads, state, statistics, terms=terms, damping=self._damping(state))
+    def _step(
+        self, optimizer: ModelOptimizer, params: Any, grads: Any, state: OptimizerState, statistics: Any, given: dict[str, Any]
+    ) -> Any:
+        _, found, curvature = optimizer.directions(grads, state, statistics, damping=self._damping(state), **given)
         found, step = guarded(found, state.step)
         return found, OptimizerState(curvature, step)
 

@@ -113,13 +113,14 @@ class PrimitiveTests:
             self._compare(what, run(*arrays), new, dtype)
             arrays = self.backend.put((old, rows * np.nan, keep, weight, np.zeros(leading, dtype=bool)), dtype)
             self._compare(f"{what}, not ok", run(*arrays), old, dtype)
+        old, rows = rng.normal(size=(3, 3)), rng.normal(size=(2, 3))
         for which, function in implementations("absorb", self.backend.library).items():
-            for ok, new in ((True, 0.25 * old + 2.0 * np.einsum("...ni,...nj->...ij", rows, rows)), (False, old)):
-                flat, few = old.reshape(-1, 3, 3)[0], rows.reshape(-1, 2, 3)[0]
-                result = self.backend.call(
-                    lambda x, y, function=function, ok=ok: function(namespace(x), x, y, 0.25, 2.0, ok), *self.backend.put((flat, few))
-                )
-                self._compare(f"absorb ({which}) on the host, {ok}", result, new.reshape(-1, 3, 3)[0], "float64")
+            for ok, new in ((True, 0.25 * old + 2.0 * rows.T @ rows), (False, old)):
+
+                def run(old: Any, rows: Any, ok: bool = ok, function: Callable[..., Any] = function) -> Any:
+                    return function(namespace(old), old, rows, 0.25, 2.0, ok)
+
+                self._compare(f"absorb ({which}) on the host, {ok}", self.backend.call(run, *self.backend.put((old, rows))), new, "float64")
 
     def test_sandwich(self) -> None:
         """Two-sided product, of small matrices and of the odd width that a joint bias makes."""
