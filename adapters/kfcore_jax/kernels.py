@@ -14,6 +14,9 @@ from kfcore import register_cond, register_kernel
 from kfcore.linalg import symmetrise
 from kfcore_jax import program
 
+LEAF = 320
+"""Triangular matrices up to this width are inverted by one call of the library."""
+
 
 def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
     """``lax.cond`` under a trace, a branch of the host where the predicate is known.
@@ -61,15 +64,29 @@ class _Branch:
 
 
 def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By Cholesky and two triangular solves, which is a little cheaper than a general inverse, and definite wherever it is finite.
+    """``H^T H`` of the inverse ``H`` of the Cholesky factor, which is definite wherever it is finite; a failure is NaN, which is what
+    ``ok`` looks for.
 
-    A failure is NaN, which is what ``ok`` looks for.
+    Both are built from halves, which leaves out the zeros of the triangle: about half the time of two triangular solves.
     """
-    factor = jnp.linalg.cholesky(0.5 * (x + x.mT))
-    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-    half = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    inverse = symmetrise(lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True))
+    factor = lax.linalg.cholesky(x, symmetrize_input=True)
+    inverse = symmetrise(_inverse_and_gram(factor)[1])
     return inverse, jnp.isfinite(jnp.trace(inverse, axis1=-2, axis2=-1))
+
+
+def _inverse_and_gram(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``H``, the inverse of a lower triangular matrix, and ``H^T H``."""
+    n = factor.shape[-1]
+    if n <= LEAF:
+        eye = jnp.broadcast_to(jnp.eye(n, dtype=factor.dtype), factor.shape)
+        whole = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+        return whole, whole.mT @ whole
+    m = n // 2
+    (first, first_gram), (last, last_gram) = _inverse_and_gram(factor[..., :m, :m]), _inverse_and_gram(factor[..., m:, m:])
+    low = -(last @ (factor[..., m:, :m] @ first))
+    corner = last.mT @ low
+    whole = jnp.block([[first, jnp.zeros_like(low.mT)], [low, last]])
+    return whole, jnp.block([[first_gram + low.mT @ low, corner.mT], [corner, last_gram]])
 
 
 def register() -> None:

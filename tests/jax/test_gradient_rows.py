@@ -114,7 +114,7 @@ def penalised_bias(params, x, y):
 
 def tapped(params, x, y):
     wide = params["wide"]
-    h = jnp.tanh(kfcore_jax.tap("wide", x @ wide["kernel"] + wide["bias"], x, wide["kernel"], bias=wide["bias"]))
+    h = jnp.tanh(kfcore_jax.tap(x @ wide["kernel"] + wide["bias"], x, wide["kernel"], wide["bias"], name="wide"))
     return jnp.mean((h @ params["out"]["kernel"] - y) ** 2)
 
 
