@@ -11,11 +11,10 @@ from jax import lax
 from jax.core import Tracer
 
 from kfcore import register_cond, register_kernel
-from kfcore.linalg import symmetrise
 from kfcore_jax import program
 
-LEAF = 320
-"""Triangular matrices up to this width are inverted by one call of the library."""
+WIDE = 400
+"""From this width on an inverse is built from halves."""
 
 
 def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
@@ -64,29 +63,29 @@ class _Branch:
 
 
 def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``H^T H`` of the inverse ``H`` of the Cholesky factor, which is definite wherever it is finite; a failure is NaN, which is what
-    ``ok`` looks for.
+    """``H^T H`` of the inverse ``H`` of the Cholesky factor, which is definite wherever it is finite; a failure is NaN throughout.
 
-    Both are built from halves, which leaves out the zeros of the triangle: about half the time of two triangular solves.
+    A wide factor is cut into four, which leaves out the zeros of the triangle and turns most of the work into products: a third less
+    time than two triangular solves. More cuts gain little and cost seconds of compilation.
     """
-    factor = lax.linalg.cholesky(x, symmetrize_input=True)
-    inverse = symmetrise(_inverse_and_gram(factor)[1])
-    return inverse, jnp.isfinite(jnp.trace(inverse, axis1=-2, axis2=-1))
-
-
-def _inverse_and_gram(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``H``, the inverse of a lower triangular matrix, and ``H^T H``."""
-    n = factor.shape[-1]
-    if n <= LEAF:
-        eye = jnp.broadcast_to(jnp.eye(n, dtype=factor.dtype), factor.shape)
-        whole = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-        return whole, whole.mT @ whole
+    factor = lax.linalg.cholesky(x, symmetrize_input=False)
+    n = x.shape[-1]
+    if n < WIDE:
+        half = _triangular_inverse(factor)
+        return half.mT @ half, jnp.isfinite(half[..., -1, -1])
     m = n // 2
-    (first, first_gram), (last, last_gram) = _inverse_and_gram(factor[..., :m, :m]), _inverse_and_gram(factor[..., m:, m:])
-    low = -(last @ (factor[..., m:, :m] @ first))
-    corner = last.mT @ low
-    whole = jnp.block([[first, jnp.zeros_like(low.mT)], [low, last]])
-    return whole, jnp.block([[first_gram + low.mT @ low, corner.mT], [corner, last_gram]])
+    first, last = _triangular_inverse(factor[..., :m, :m]), _triangular_inverse(factor[..., m:, m:])
+    low = last @ (factor[..., m:, :m] @ first)
+    corner = -(last.mT @ low)
+    upper = jnp.concatenate([first.mT @ first + low.mT @ low, corner.mT], axis=-1)
+    lower = jnp.concatenate([corner, last.mT @ last], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2), jnp.isfinite(last[..., -1, -1])
+
+
+def _triangular_inverse(factor: jax.Array) -> jax.Array:
+    """Inverse of a lower triangular matrix."""
+    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
 def register() -> None:
