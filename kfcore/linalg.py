@@ -117,6 +117,12 @@ def sandwich(xp: Namespace, left: Array, x: Array, right: Array) -> Array:
 
 
 @primitive
+def thin_product(xp: Namespace, left: Array, right: Array) -> Array:
+    """``left^T right`` of few rows ``left [..., n, p]`` and ``right [..., n, q]``: ``[..., p, q]``."""
+    return left.mT @ right
+
+
+@primitive
 def invert(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """Inverse of symmetric positive definite ``x [..., n, n]`` and whether it succeeded, ``[...]`` of booleans."""
     inverse = symmetrise(xp.linalg.inv(symmetrise(x)))
@@ -132,3 +138,15 @@ def eigh(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
     """
     values, vectors = xp.linalg.eigh(symmetrise(x))
     return xp.maximum(values, xp.zeros_like(values)), vectors, xp.isfinite(xp.sum(values, axis=-1))
+
+
+@primitive
+def invert_all(xp: Namespace, matrices: list[Array]) -> list[tuple[Array, Array]]:
+    """:func:`invert` of each, of any sizes."""
+    return [invert(xp, x) for x in matrices]
+
+
+@primitive
+def eigh_all(xp: Namespace, matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
+    """:func:`eigh` of each, of any sizes."""
+    return [eigh(xp, x) for x in matrices]

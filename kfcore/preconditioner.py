@@ -106,21 +106,21 @@ class Preconditioner:
         blocks, count, observed, refreshed = dict(state.blocks), host(state.steps), host(state.observed), host(state.refreshed)
         first = (observed > 0) & (refreshed == 0)
         any_due = False
-        for index, names in enumerate(self._groups(state)):
-            block = self.blocks[names[0]]
-            offset = index if self.spread else 0
-            due = schedule.due(block.method.refresh_every, count, offset) | first
+        for due, groups in self._due(state, count, first):
             if due is False:
                 continue
             any_due = any_due | due
-            values = [self._damping(name, damping, count) for name in names]
-            stacked = _stack([blocks[name] for name in names])
+            method = self.blocks[groups[0][0]].method
+            layers = [self.blocks[names[0]].layer for names in groups]
+            values = [[self._damping(name, damping, count) for name in names] for names in groups]
+            stacked = [_stack([blocks[name] for name in names]) for names in groups]
 
-            def run(old: Any, block: Block = block, values: list[Any] = values) -> Any:
-                return block.method.refresh(block.layer, old, values[0] if len(values) == 1 else _numbers(values, old))
+            def run(old: Any, method: Method = method, layers: list[Layer] = layers, values: list[Any] = values) -> Any:
+                given = [one[0] if len(one) == 1 else _numbers(one, state) for one, state in zip(values, old, strict=True)]
+                return method.refresh_all(layers, old, given)
 
-            fresh = cond(due, run, _same, stacked)
-            blocks.update(zip(names, _unstack(fresh, len(names)), strict=True))
+            for names, fresh in zip(groups, cond(due, run, _same, stacked), strict=True):
+                blocks.update(zip(names, _unstack(fresh, len(names)), strict=True))
         counted = any_due & (observed > 0)
         if isinstance(counted, bool):
             return state._replace(blocks=blocks, refreshed=state.refreshed + 1 if counted else state.refreshed)
@@ -156,6 +156,16 @@ class Preconditioner:
             weight = state.blocks[name].average.weight
             groups.setdefault((alone, block.layer.shape, block.method, str(weight.dtype), str(device(weight))), []).append(name)
         return list(groups.values())
+
+    def _due(self, state: PreconditionerState, count: Any, first: Any) -> list[tuple[Any, list[list[str]]]]:
+        """Groups of blocks that are refreshed together: those of one method, or, spread over the steps, each group alone."""
+        together: dict[tuple[int, int], list[list[str]]] = {}
+        for index, names in enumerate(self._groups(state)):
+            together.setdefault((id(self.blocks[names[0]].method), index if self.spread else 0), []).append(names)
+        return [
+            (schedule.due(self.blocks[groups[0][0]].method.refresh_every, count, offset) | first, groups)
+            for (_, offset), groups in together.items()
+        ]
 
     def _check_damping(self, damping: Values) -> None:
         unknown = [name for name in damping if name not in self.blocks] if isinstance(damping, Mapping) else []

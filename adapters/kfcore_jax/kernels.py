@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -10,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from kfcore import register_cond, register_kernel
+from kfcore import linalg, register_cond, register_kernel
 from kfcore_jax import program
 
 WIDE = 400
-"""From this width on an inverse is built from halves."""
+"""From this width on symmetric matrices are built from halves."""
 
 
 def cond(predicate: jax.Array, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
@@ -62,6 +64,23 @@ class _Branch:
         return jax.tree.unflatten(self._tree, self._run(*consts, *jax.tree.leaves(operands)))
 
 
+def gram(xp: Any, x: jax.Array) -> jax.Array:
+    """Of wide rows in halves: one of the two blocks beside the diagonal is the other transposed."""
+    m = x.shape[-1] // 2
+    if 2 * m < WIDE:
+        return x.mT @ x
+    first, last = x[..., :m], x[..., m:]
+    corner = last.mT @ first
+    return _square(first.mT @ first, corner, last.mT @ last)
+
+
+def thin_product(xp: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A last odd column (a joint bias) apart: the compiler then finds that it is cut off again, and copies nothing."""
+    if right.shape[-1] % 16 != 1:
+        return left.mT @ right
+    return jnp.concatenate([left.mT @ right[..., :-1], left.mT @ right[..., -1:]], axis=-1)
+
+
 def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``H^T H`` of the inverse ``H`` of the Cholesky factor, which is definite wherever it is finite; a failure is NaN throughout.
 
@@ -76,10 +95,14 @@ def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     m = n // 2
     first, last = _triangular_inverse(factor[..., :m, :m]), _triangular_inverse(factor[..., m:, m:])
     low = last @ (factor[..., m:, :m] @ first)
-    corner = -(last.mT @ low)
-    upper = jnp.concatenate([first.mT @ first + low.mT @ low, corner.mT], axis=-1)
-    lower = jnp.concatenate([corner, last.mT @ last], axis=-1)
-    return jnp.concatenate([upper, lower], axis=-2), jnp.isfinite(last[..., -1, -1])
+    inverse = _square(first.mT @ first + low.mT @ low, -(last.mT @ low), last.mT @ last)
+    return inverse, jnp.isfinite(last[..., -1, -1])
+
+
+def _square(first: jax.Array, corner: jax.Array, last: jax.Array) -> jax.Array:
+    """A symmetric matrix from two blocks on its diagonal and the one below it."""
+    upper = jnp.concatenate([first, corner.mT], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, last], axis=-1)], axis=-2)
 
 
 def _triangular_inverse(factor: jax.Array) -> jax.Array:
@@ -88,7 +111,32 @@ def _triangular_inverse(factor: jax.Array) -> jax.Array:
     return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
+def together(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a list of matrices that takes those of equal size at once: what compiles then grows with the sizes, not the layers."""
+
+    def call(xp: Any, matrices: list[jax.Array]) -> list[Any]:
+        groups: dict[Any, list[int]] = {}
+        for index, x in enumerate(matrices):
+            groups.setdefault((x.shape[-1], x.dtype), []).append(index)
+        found: list[Any] = [None] * len(matrices)
+        for members in groups.values():
+            if len(members) == 1:
+                found[members[0]] = function(xp, matrices[members[0]])
+                continue
+            sizes = [math.prod(matrices[i].shape[:-2]) for i in members]
+            results = function(xp, jnp.concatenate([matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in members]))
+            for i, start, size in zip(members, accumulate([0, *sizes]), sizes, strict=False):
+                leading = matrices[i].shape[:-2]
+                found[i] = tuple(part[start : start + size].reshape(*leading, *part.shape[1:]) for part in results)
+        return found
+
+    return call
+
+
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    register_kernel("invert", "jax", invert)
+    for kernel in (gram, thin_product, invert):
+        register_kernel(kernel.__name__, "jax", kernel)
+    register_kernel("invert_all", "jax", together(invert))
+    register_kernel("eigh_all", "jax", together(linalg.eigh))

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import kfcore
@@ -177,8 +178,12 @@ class _Core:
     def init(self, params: Any) -> OptimizerState:
         """State that has seen nothing."""
         layout, optimizer = self.bind(params)
-        # compiled, so that every array has its own buffer (a state can be donated) and is bound to no device before the first step is
-        return jax.jit(lambda params: optimizer.init(layout.flat(params)))(params)
+        flat = layout.flat(params)
+        if any(getattr(x, "committed", True) for x in flat.values()):
+            # compiled, so that the state lies where the parameters do before the first step as after it, each array in a buffer of its own
+            return jax.jit(optimizer.init)(flat)
+        empty = optimizer.init({name: np.zeros(x.shape, factor_dtype(jnp, x.dtype)) for name, x in flat.items()})
+        return jax.tree.map(jnp.array, empty)
 
     def update(
         self, updates: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -131,6 +132,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def refresh(self, layer: Layer, state: Any, damping: float | Array | None = None) -> Any:
         """Recompute what :meth:`precondition` applies. The only expensive verb."""
+
+    def refresh_all(self, layers: Sequence[Layer], states: Sequence[Any], dampings: Sequence[float | Array | None]) -> list[Any]:
+        """:meth:`refresh` of several blocks, which may share calls of the library."""
+        return [self.refresh(*block) for block in zip(layers, states, dampings, strict=True)]
 
     @abc.abstractmethod
     def precondition(self, layer: Layer, state: Any, grad: Array, rows: GradientRows | None = None) -> Array:

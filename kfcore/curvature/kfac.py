@@ -6,14 +6,15 @@ their scale are fixed at the head of :mod:`kfcore.layers`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
 from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.layers import Layer
-from kfcore.linalg import carried, damped, eigh, identity, invert, kron, sandwich
+from kfcore.linalg import carried, damped, eigh_all, identity, invert_all, kron, sandwich, thin_product
 from kfcore.statistics import GradientRows, KroneckerStatistics, Moment, RunningAverage, observe, spans, unseen
 
 
@@ -119,12 +120,25 @@ class KFAC(Method):
 
     def refresh(self, layer: Layer, state: KFACState, damping: float | Array | None = None) -> KFACState:
         """Invert (or eigendecompose) both factors; where that fails, keep the old ones and count it."""
-        xp = namespace(state.average.weight)
-        a, g = state.average.values
-        value = damp.strength(xp, self.rule, self._damping(damping), a, g)
-        solver, ok = self._eigenbases(xp, a, g, value) if self.rule.kind == "exact" else self._inverses(xp, a, g, value)
-        ok = truth(xp, ok & (state.average.weight > 0))
-        return state._replace(solver=select(xp, ok, solver, state.solver), kept=count_failure(xp, state.kept, ok))
+        return self.refresh_all([layer], [state], [damping])[0]
+
+    def refresh_all(
+        self, layers: Sequence[Layer], states: Sequence[KFACState], dampings: Sequence[float | Array | None]
+    ) -> list[KFACState]:
+        """:meth:`refresh` of several blocks, whose factors the library may take together."""
+        xp = namespace(states[0].average.weight)
+        factorise: Any = eigh_all if self.rule.kind == "exact" else invert_all
+        solver_of: Any = self._eigenbases if self.rule.kind == "exact" else self._inverses
+        sides: list[Any] = [state.average.values for state in states]
+        values = [damp.strength(xp, self.rule, self._damping(d), a, g) for (a, g), d in zip(sides, dampings, strict=True)]
+        matrices = [self._matrices(xp, a, g, value) for (a, g), value in zip(sides, values, strict=True)]
+        found = iter(factorise(xp, [matrix for of_block in matrices for matrix in of_block]))
+        fresh = []
+        for state, (a, g), value, of_block in zip(states, sides, values, matrices, strict=True):
+            solver, ok = solver_of(xp, a, g, value, [next(found) for _ in of_block])
+            ok = truth(xp, ok & (state.average.weight > 0))
+            fresh.append(state._replace(solver=select(xp, ok, solver, state.solver), kept=count_failure(xp, state.kept, ok)))
+        return fresh
 
     def precondition(self, layer: Layer, state: KFACState, grad: Array, rows: GradientRows | None = None) -> Array:
         """``G^-1 grad A^-1`` with damped factors, in the dtype of the factors.
@@ -154,7 +168,7 @@ class KFAC(Method):
             (out, inp), n = layer.shape, rows.inputs.shape[-2]
             cheaper = n * (out * out + inp * inp + out * inp) < 0.75 * out * inp * (out + inp)
             if cheaper and (rows.known or spans(xp, rows, grad) is True):
-                return (rows.scale * (rows.output_grads @ left.mT)).mT @ (rows.inputs @ right)
+                return thin_product(xp, rows.scale * (rows.output_grads @ left.mT), rows.inputs @ right)
         return sandwich(xp, left, grad, right)
 
     def dense(self, layer: Layer, state: KFACState) -> Array:
@@ -172,29 +186,35 @@ class KFAC(Method):
         apply = 2.0 * out * inp * sum(sides) * (2 if exact else 1)
         return Cost(itemsize * numbers + 8, sum(2.0 * n * n for n in sides), sum((9.0 if exact else 1.0) * n**3 for n in sides), apply)
 
-    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: Array) -> tuple[Inverses, Array]:
+    def _matrices(self, xp: Namespace, a: Array, g: Array | None, value: Array) -> list[Array]:
+        """What is to be factorised: the factors, or the damped factors."""
+        if self.rule.kind == "exact":
+            return [a] if g is None else [a, g]
         if g is None:
-            right, ok = invert(xp, damped(xp, a, value))
-            return Inverses(right, None), ok
-        if self.rule.kind == "factored" and 1 in (a.shape[-1], g.shape[-1]):
-            # a 1 x 1 factor is a number: all damping goes to the other side, and the result is exact
-            return self._scaled_inverse(xp, a, g, value)
+            return [damped(xp, a, value)]
+        if self._scalar(a, g):
+            return [damped(xp, a * g, value)]
         damping_a, damping_g = damp.split(xp, self.rule, value, a, g)
-        right, ok_a = invert(xp, damped(xp, a, damping_a))
-        left, ok_g = invert(xp, damped(xp, g, damping_g))
-        return Inverses(right, left), ok_a & ok_g
+        return [damped(xp, a, damping_a), damped(xp, g, damping_g)]
+
+    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Inverses, Array]:
+        (first, ok), (last, ok_last) = found[0], found[-1]
+        if g is None:
+            return Inverses(first, None), ok
+        if self._scalar(a, g):
+            one = xp.ones_like(g if g.shape[-1] == 1 else a)
+            return (Inverses(first, one) if g.shape[-1] == 1 else Inverses(one, first)), ok
+        return Inverses(first, last), ok & ok_last
+
+    def _scalar(self, a: Array, g: Array) -> bool:
+        """Whether a factor is a number: then all damping goes to the other side, and the result is exact."""
+        return self.rule.kind == "factored" and 1 in (a.shape[-1], g.shape[-1])
 
     @staticmethod
-    def _scaled_inverse(xp: Namespace, a: Array, g: Array, value: Array) -> tuple[Inverses, Array]:
-        inverse, ok = invert(xp, damped(xp, a * g, value))
-        one = xp.ones_like(g if g.shape[-1] == 1 else a)
-        return (Inverses(inverse, one) if g.shape[-1] == 1 else Inverses(one, inverse)), ok
-
-    @staticmethod
-    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: Array) -> tuple[Eigenbases, Array]:
-        values_a, basis_a, ok = eigh(xp, a)
+    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Eigenbases, Array]:
+        values_a, basis_a, ok = found[0]
         if g is None:
             return Eigenbases(basis_a, values_a, None, None, carried(xp, value, values_a[..., -1])), ok
-        values_g, basis_g, ok_g = eigh(xp, g)
+        values_g, basis_g, ok_g = found[1]
         value = carried(xp, value, values_a[..., -1] * values_g[..., -1])
         return Eigenbases(basis_a, values_a, basis_g, values_g, value), ok & ok_g

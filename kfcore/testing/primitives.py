@@ -231,6 +231,40 @@ class PrimitiveTests:
                     f"{self.backend.name}: {what}: the neighbours of a bad matrix are off by {difference}"
                 )
 
+    def test_invert_all(self) -> None:
+        """Of several sizes, stacks and not, each as if alone; a bad one is reported alone."""
+        rng = np.random.default_rng(14)
+        good = [definite(rng, (), 3), definite(rng, (2,), 4), definite(rng, (), 3), definite(rng, (), 4)]
+        bad = [good[0], good[1], good[2] * np.nan, good[3]]
+        for which, function in implementations("invert_all", self.backend.library).items():
+            run = self.backend.wrap(lambda *x, function=function: function(namespace(x[0]), list(x)))
+            for (inverse, ok), x in zip(run(*self.backend.put(tuple(good))), good, strict=True):
+                self._compare(f"invert_all ({which})", inverse, np.linalg.inv(x), "float64")
+                self._compare(f"invert_all ({which}): ok", ok, np.ones(x.shape[:-2], dtype=bool), "float64")
+            said = [bool(np.all(self.backend.to_numpy(ok))) for _, ok in run(*self.backend.put(tuple(bad)))]
+            assert said == [True, True, False, True], f"{self.backend.name}: invert_all ({which}) of a NaN among others: ok {said}"
+
+    def test_eigh_all(self) -> None:
+        """Of several sizes, stacks and not, each as if alone."""
+        rng = np.random.default_rng(15)
+        matrices = [definite(rng, (), 3), definite(rng, (2,), 4), definite(rng, (), 3), definite(rng, (), 4)]
+        for which, function in implementations("eigh_all", self.backend.library).items():
+            run = self.backend.wrap(lambda *x, function=function: function(namespace(x[0]), list(x)))
+            for (values, vectors, ok), x in zip(run(*self.backend.put(tuple(matrices))), matrices, strict=True):
+                self._compare(f"eigh_all ({which}): values", values, np.linalg.eigvalsh(x), "float64")
+                self._compare(f"eigh_all ({which}): ok", ok, np.ones(x.shape[:-2], dtype=bool), "float64")
+                v, q = self.backend.get((values, vectors))
+                assert np.allclose((q * v[..., None, :]) @ np.swapaxes(q, -1, -2), x, atol=1e-9), f"eigh_all ({which}): not rebuilt"
+
+    def test_thin_product(self) -> None:
+        """Product of few rows, of any width and of the odd one that a joint bias makes."""
+        rng = np.random.default_rng(16)
+        for what, run, leading, dtype in self._cases("thin_product"):
+            for p, q in ((3, 4), (2, 17)):
+                left, right = rng.normal(size=(*leading, 5, p)), rng.normal(size=(*leading, 5, q))
+                desired = np.einsum("...np,...nq->...pq", left, right)
+                self._compare(f"{what} of {p} and {q}", run(*self.backend.put((left, right), dtype)), desired, dtype)
+
     def test_eigh(self) -> None:
         """Ascending values, an orthonormal basis in columns, the matrix rebuilt; values below zero clipped."""
         rng = np.random.default_rng(6)

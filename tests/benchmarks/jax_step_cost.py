@@ -68,7 +68,7 @@ def arm(width: int, method: kf.Method | None) -> tuple[Callable[[], None], float
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(update, donate_argnums=(0, 1))
-    now = [params, jax.jit(optimizer.init)(params)]
+    now = [params, optimizer.init(params)]
 
     def step() -> None:
         now[:] = jax.block_until_ready(compiled(*now, x, y))

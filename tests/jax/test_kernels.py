@@ -32,3 +32,11 @@ def test_a_matrix_that_is_not_definite_is_refused_wherever_its_fault_lies(monkey
     faults.append(good * np.nan)
     _, ok = kernels.invert(jnp, jnp.asarray(np.stack(faults)))
     assert ok.tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(("n", "leading"), [(5, ()), (8, (2,)), (13, (2, 3))])
+def test_a_moment_built_from_halves_is_the_moment(monkeypatch, n, leading):
+    monkeypatch.setattr(kernels, "WIDE", 4)
+    x = np.random.default_rng(n).normal(size=(*leading, 3, n))
+    moment = jax.jit(lambda x: kernels.gram(jnp, x))(jnp.asarray(x))
+    assert np.allclose(moment, np.swapaxes(x, -1, -2) @ x, rtol=1e-13, atol=1e-13)
