@@ -21,7 +21,7 @@ from kfcore_jax import program
 from kfcore_jax.program import CALLS, REMATS, SUMS, Equation, Jaxpr, Path
 from kfcore_jax.sites import Convolution, Dense, Geometry, Site, convolution, dense, gather
 from kfcore_jax.tap import TAP
-from kfcore_jax.views import Each, Reshape, View, apply, exact, step_of
+from kfcore_jax.views import MOVES, Each, Reshape, View, apply, exact, step_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Function:
     """Computed from parameters (and constants) alone: a regulariser, or a weight that is derived from others."""
 
     leaves: frozenset[int]
+    made: tuple[str, ...] = ()
+    """The primitives it is made by, each once, without those that only move entries."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +79,35 @@ class Findings:
     def use(self, facts: Sequence[Fact], how: str) -> None:
         """Write down that the parameters behind ``facts`` meet the batch in ``how``."""
         for fact in facts:
+            made = fact.made if isinstance(fact, Function) else ()
+            told = f"{how} after {', '.join(made)}" if made else how
             for leaf in sorted(_leaves(fact)):
                 uses = self.uses.setdefault(leaf, [])
-                if how not in uses:
-                    uses.append(how)
+                if told not in uses:
+                    uses.append(told)
 
 
 def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
     """Sites and other uses in a program whose first inputs are ``leaves``, and then ``others`` arrays of the batch.
 
     The parameters are those of the leaves that are real floating, numbered among themselves; the rest are constants. Arrays that the
-    program closes over count as the batch if there is no other.
+    program closes over count as the batch if there is no other, or none that a parameter meets.
     """
-    findings = Findings()
-    closed = CONSTANT if others else BATCH
     shapes: list[tuple[int, ...]] = []
     facts: list[Fact] = []
     for leaf in leaves:
         trained = is_trained(leaf)
         facts.append(Parameter(len(shapes)) if trained else CONSTANT)
         shapes += [tuple(leaf.shape)] * trained
-    walk = _Walk(findings, shapes, closed)
-    (value, *_) = walk(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
+
+    def walk(closed: Fact) -> tuple[Findings, Fact]:
+        findings = Findings()
+        outs = _Walk(findings, shapes, closed)(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
+        return findings, outs[0]
+
+    findings, value = walk(CONSTANT if others else BATCH)
+    if others and not findings.sites and not findings.uses:
+        findings, value = walk(BATCH)
     if value in (CONSTANT, BATCH) and not findings.sites and not findings.uses:
         raise ValueError("`loss` depends on no parameter: it must be a function of its first argument")
     return findings
@@ -172,7 +181,7 @@ class _Walk:
                 self.found.use(weights, name)
             return [BATCH] * n
         self.found.regularised.update(*map(_leaves, weights))
-        return [Function(frozenset().union(*map(_leaves, weights))) if weights else CONSTANT] * n
+        return [_made(weights, name) if weights else CONSTANT] * n
 
     def _meeting(self, equation: Equation, facts: list[Fact], name: str, path: Path, scans: tuple[int, ...]) -> Fact | None:
         """The fact about what a parameter and the batch make of each other, if the parameter is the weight and an exact view."""
@@ -281,6 +290,12 @@ def _leaves(fact: Fact) -> frozenset[int]:
     return fact.leaves if isinstance(fact, Function) else frozenset()
 
 
+def _made(facts: Sequence[Fact], *by: str) -> Function:
+    """What primitives make of facts about parameters."""
+    before = [name for fact in facts if isinstance(fact, Function) for name in fact.made]
+    return Function(frozenset().union(*map(_leaves, facts)), tuple(dict.fromkeys([*before, *(name for name in by if name not in MOVES)])))
+
+
 def _of_batch(fact: Fact) -> bool:
     return isinstance(fact, Batch | Output)
 
@@ -307,7 +322,7 @@ def _join(one: Fact, other: Fact) -> Fact:
     if isinstance(one, Constant):
         return other
     if isinstance(one, Function) and isinstance(other, Function):
-        return Function(one.leaves | other.leaves)
+        return _made([one, other])
     return BATCH
 
 

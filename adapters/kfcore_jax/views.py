@@ -122,3 +122,5 @@ def step_of(primitive: str, params: dict[str, Any], before: Shape, after: Shape)
 
 UNCHANGED = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "name", "reduce_precision", "pvary", "pcast"}
 """Primitives that leave every entry where it is; casts are undone by the dtype of what comes back."""
+MOVES = UNCHANGED | {"transpose", "rev", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
+"""All primitives that compute nothing."""

@@ -511,7 +511,7 @@ def test_derivatives_inside_the_loss():
         return jnp.mean(jax.vmap(jax.grad(net))(x) ** 2) + mse(affine(x, p["w"], p["b"]), y)
 
     model = capture(loss, one_layer(), *data())
-    assert_fallbacks(model, w="different orientation", b="whose weight has no layer")
+    assert_fallbacks(model, w=["different orientation", "takes derivatives"], b="whose weight has no layer")
 
 
 def test_integer_leaves_are_no_parameters():
@@ -534,6 +534,12 @@ def test_a_batch_that_the_loss_closes_over(wrap):
     model = capture(loss, one_layer())
     assert model.layers == {"w": io(4, 3)}
     assert_fallbacks(model)
+
+
+def test_an_argument_that_no_parameter_meets_is_no_batch():
+    x, y = data()
+    model = capture(lambda p, unrelated: mse(affine(x, **p), y) + jnp.sum(unrelated), one_layer(), jnp.ones(3))
+    assert model.layers == {"w": io(4, 3)}
 
 
 def test_a_batch_inside_a_loop_that_the_loss_closes_over():
@@ -573,7 +579,7 @@ FALLBACKS = {
     "custom_vjp": ("custom_vjp_call", lambda x, p: opaque(x, p["w"])),
     "cond": ("cond", lambda x, p: lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: -x @ p["w"])),
     "while": ("while", last),
-    "normalised": ("dot_general", lambda x, p: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))),
+    "normalised": ("dot_general after mul, reduce_sum, sqrt, div", lambda x, p: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))),
     "divided_by_its_norm": ("div", lambda x, p: x @ p["w"] / jnp.linalg.norm(p["w"])),
     "lora": ("dot_general", lambda x, p: x @ (p["w"] @ p["w"])),
     "times_a_constant": ("dot_general", lambda x, p: x @ (p["w"] @ jnp.eye(4))),
