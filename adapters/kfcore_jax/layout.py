@@ -104,8 +104,8 @@ def layout(
         first = uses_here[0]
         biases = {use.site.bias for use in uses_here if use.site.bias is not None}
         if leaf in found.uses and not first.site.name:
-            refused[leaf] = f"multiplied with the batch, but also used in {', '.join(found.uses[leaf])}"
-            refused |= dict.fromkeys(biases, "bias of a product whose weight has no layer")
+            refused[leaf] = f"weight of a {first.kind}, but also used in {', '.join(found.uses[leaf])}"
+            refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
         name = first.site.name or _layer_name(short, leaf)
         if name in sites:
@@ -185,7 +185,9 @@ def _layer(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, 
         return f"captured in a {' and in a '.join(kinds)}, but no curvature block covers both"
     first, *others = [layer_of(use, bias, sharing) for use in uses]
     if any(other != first for other in others) or any(use.weight != uses[0].weight for use in uses):
-        return "used in products of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"
+        return (
+            f"used in {uses[0].kind}s of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"
+        )
     return first
 
 

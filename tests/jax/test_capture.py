@@ -638,6 +638,12 @@ def test_a_penalty_keeps_the_layer_and_is_no_part_of_its_records(penalty):
     assert gap(found["bias"], without["b"]) <= 1e-9
 
 
+def test_a_penalty_of_a_bias_leaves_its_layer_out_of_the_check():
+    model = capture(lambda p, x, y: mse(affine(x, **p), y) + jnp.sum(p["b"] ** 2), one_layer(), *data())
+    assert model.layers == {"w": io(4, 3)}
+    assert model.layout.regularised == {"w"}
+
+
 # ---- weights used twice, and biases
 
 

@@ -235,6 +235,16 @@ def test_a_loop_over_layers_is_a_stack(lib):
     assert inputs.shape == grads.shape == (6, N, 5, 4, 2)
 
 
+def test_reversed_kernels_in_a_loop_over_layers(lib):
+    def loss(p, x):
+        return scalar(lax.scan(lambda x, w: (jnp.tanh(lax.conv(x, w[:, :, ::-1], (1, 1), "SAME")), None), x, p["conv"])[0])
+
+    params = {"conv": lib.normal(1, 6, 2, 2, 3, 3)}
+    model, _ = lib.captured(loss, params, lib.normal(0, N, 2, 5, 4))
+    seen = kfcore_jax.views.apply(model.layout.sites["conv"][0].weight, params["conv"])
+    assert (np.asarray(seen) == np.asarray(params["conv"])[:, :, :, ::-1].transpose(0, 3, 4, 2, 1)).all()
+
+
 def test_a_kernel_used_twice_has_two_records(lib):
     def loss(p, x):
         return scalar(affine(jnp.tanh(affine(x, p["conv"])), p["conv"]))
@@ -352,6 +362,22 @@ def test_an_error_of_one_percent_in_a_record_is_caught(lib, part, monkeypatch):
     monkeypatch.setattr(model, "capture", off)
     with pytest.raises(AssertionError, match=r"differ from autodiff's in conv \(1\.0e-02\)"):
         model.check_capture(params, x)
+
+
+def test_a_program_that_is_another_for_other_shapes_is_refused(lib):
+    def loss(p, x):
+        return scalar(affine(x, p["conv"]) if len(x) == N else affine(x, jax.tree.map(jnp.sin, p["conv"])))
+
+    params, x = first(lib), lib.normal(0, N, 2, 5, 6)
+    model, _ = lib.captured(loss, params, x)
+    with pytest.raises(ValueError, match="no longer uses conv"):
+        model.capture(params, x[:2])
+
+
+def test_another_batch_size_needs_no_new_trace(lib):
+    params, x = first(lib), lib.normal(0, N, 2, 5, 6)
+    model, _ = lib.captured(lambda p, x: scalar(affine(x, p["conv"])), params, x)
+    assert model.check_capture(params, x[:2], rtol=1e-9).keys() == {"conv"}
 
 
 def test_nothing_is_paid_for_what_has_no_layer(lib):
