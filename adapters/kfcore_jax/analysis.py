@@ -1,8 +1,9 @@
 """Finding the layers: one walk over a program, without running it, that follows every parameter to where it is used.
 
-Each variable of the program gets a *fact*: it is a view of a parameter, a view of a product's output, a function of parameters alone,
-something that depends on the batch, or a constant. Where a view of one parameter meets the batch in a product, there is a site; where
-a parameter meets the batch in any other way, that use is written down, and the parameter falls back.
+Each variable of the program gets a *fact*: it is a view of a parameter, a view of the output of a site, a function of parameters
+alone, something that depends on the batch, or a constant. Where a view of one parameter meets the batch in a product, a convolution or as a
+table whose rows are taken, there is a site; where a parameter meets the batch in any other way, that use is written down, and the parameter
+falls back.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import numpy as np
 
 from kfcore_jax import program
 from kfcore_jax.program import CALLS, REMATS, SUMS, Equation, Jaxpr, Path
-from kfcore_jax.sites import Site, dense, output_axes
+from kfcore_jax.sites import Convolution, Dense, Geometry, Site, convolution, dense, gather
 from kfcore_jax.tap import TAP
-from kfcore_jax.views import Each, Reshape, View, apply, exact, step_of
+from kfcore_jax.views import MOVES, Each, Reshape, View, apply, exact, step_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Output:
-    """A view of the output of a product, used nowhere else so far."""
+    """A view of the output of a product or convolution, used nowhere else so far."""
 
     site: Path
     view: View = ()
@@ -44,6 +45,8 @@ class Function:
     """Computed from parameters (and constants) alone: a regulariser, or a weight that is derived from others."""
 
     leaves: frozenset[int]
+    made: tuple[str, ...] = ()
+    """The primitives it is made by, each once, without those that only move entries."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ BATCH, CONSTANT = Batch(), Constant()
 class Findings:
     """What the walk found."""
 
-    sites: dict[Path, Site] = field(default_factory=dict)
+    sites: dict[Path, Geometry] = field(default_factory=dict)
     """In the order of the program."""
     uses: dict[int, list[str]] = field(default_factory=dict)
     """Uses of a parameter outside every site, by leaf."""
@@ -76,28 +79,35 @@ class Findings:
     def use(self, facts: Sequence[Fact], how: str) -> None:
         """Write down that the parameters behind ``facts`` meet the batch in ``how``."""
         for fact in facts:
+            made = fact.made if isinstance(fact, Function) else ()
+            told = f"{how} after {', '.join(made)}" if made else how
             for leaf in sorted(_leaves(fact)):
                 uses = self.uses.setdefault(leaf, [])
-                if how not in uses:
-                    uses.append(how)
+                if told not in uses:
+                    uses.append(told)
 
 
 def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
     """Sites and other uses in a program whose first inputs are ``leaves``, and then ``others`` arrays of the batch.
 
     The parameters are those of the leaves that are real floating, numbered among themselves; the rest are constants. Arrays that the
-    program closes over count as the batch if there is no other.
+    program closes over count as the batch if there is no other, or none that a parameter meets.
     """
-    findings = Findings()
-    closed = CONSTANT if others else BATCH
     shapes: list[tuple[int, ...]] = []
     facts: list[Fact] = []
     for leaf in leaves:
         trained = is_trained(leaf)
         facts.append(Parameter(len(shapes)) if trained else CONSTANT)
         shapes += [tuple(leaf.shape)] * trained
-    walk = _Walk(findings, shapes, closed)
-    (value, *_) = walk(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
+
+    def walk(closed: Fact) -> tuple[Findings, Fact]:
+        findings = Findings()
+        outs = _Walk(findings, shapes, closed)(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
+        return findings, outs[0]
+
+    findings, value = walk(CONSTANT if others else BATCH)
+    if others and not findings.sites and not findings.uses:
+        findings, value = walk(BATCH)
     if value in (CONSTANT, BATCH) and not findings.sites and not findings.uses:
         raise ValueError("`loss` depends on no parameter: it must be a function of its first argument")
     return findings
@@ -143,10 +153,8 @@ class _Walk:
         self.found.touched.update(*map(_leaves, facts))
         if name == TAP:
             return self._tap(equation, facts, path, scans)
-        if name == "dot_general":
-            operand = next((k for k in (0, 1) if isinstance(facts[k], Parameter) and _of_batch(facts[1 - k])), None)
-            if operand is not None and self._product(equation, facts, operand, path, scans):
-                return [Output(path)]
+        if name in PLACES and (found := self._meeting(equation, facts, name, path, scans)):
+            return [found]
         if name in SUMS and self._bias(equation, facts):
             return [BATCH]
         steps = self._view(equation, facts, name)
@@ -173,17 +181,29 @@ class _Walk:
                 self.found.use(weights, name)
             return [BATCH] * n
         self.found.regularised.update(*map(_leaves, weights))
-        return [Function(frozenset().union(*map(_leaves, weights))) if weights else CONSTANT] * n
+        return [_made(weights, name) if weights else CONSTANT] * n
 
-    def _product(self, equation: Equation, facts: list[Fact], operand: int, path: Path, scans: tuple[int, ...]) -> bool:
-        weight = facts[operand]
+    def _meeting(self, equation: Equation, facts: list[Fact], name: str, path: Path, scans: tuple[int, ...]) -> Fact | None:
+        """The fact about what a parameter and the batch make of each other, if the parameter is the weight and an exact view."""
+        weights = [k for k in PLACES[name] if isinstance(facts[k], Parameter) and _of_batch(facts[1 - k])]
+        if not weights:
+            return None
+        (place,) = weights
+        floating = [v for k, v in enumerate(equation.invars) if k == place or name != "gather"]
+        if not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*floating, *equation.outvars]):
+            return None
+        weight = facts[place]
         assert isinstance(weight, Parameter)
-        if not exact(weight.view) or not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*equation.invars, *equation.outvars]):
-            return False
-        numbers = equation.params["dimension_numbers"]
-        site = _site(equation, weight, path, scans, place=operand, source=1 - operand, operand=operand, numbers=numbers)
-        self.found.sites[path] = replace(site, ruled=self.ruled)
-        return True
+        if not exact(weight.view):
+            return None
+        site = replace(_site(equation, weight, path, scans, place=place, source=1 - place), ruled=self.ruled)
+        found = _geometry(name, site, place, equation.params)
+        if isinstance(found, str):
+            self.found.use([weight], found)
+            return BATCH
+        self.found.sites[path] = found
+        # what is added to rows of a table is no bias
+        return Output(path) if isinstance(found, Dense | Convolution) else BATCH
 
     def _tap(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         name, weight = equation.params["name"], facts[2]
@@ -191,26 +211,26 @@ class _Walk:
             raise ValueError(f"tap {name!r}: `weight` must be a parameter of the loss, or a view of one that moves its entries only")
         contract = 0 if equation.params["layout"] == "io" else 1
         numbers = (((equation.invars[1].aval.ndim - 1,), (contract,)), ((), ()))
-        site = replace(_site(equation, weight, path, scans, place=2, source=1, operand=1, numbers=numbers), name=name)
+        site = replace(_site(equation, weight, path, scans, place=2, source=1), name=name)
         if len(facts) > 3:
             bias = facts[3]
             if not isinstance(bias, Parameter) or not exact(bias.view):
                 raise ValueError(f"tap {name!r}: `bias` must be a parameter of the loss")
             site = replace(site, bias=bias.leaf, bias_view=bias.view)
-        self.found.sites[path] = site
+        self.found.sites[path] = dense(site, 1, numbers)
         return [BATCH]
 
     def _bias(self, equation: Equation, facts: list[Fact]) -> bool:
-        """Whether this sum adds a parameter to the output of a product as a bias; the site then owns it."""
+        """Whether this sum adds a parameter to the output of a site as a bias; the site then owns it."""
         if self.ruled and any(isinstance(f, Parameter) for f in facts) and any(_of_batch(f) for f in facts):
             self.found.use(facts, "custom_jvp_call")
             return True
         for output, bias in (facts, facts[::-1]):
-            if isinstance(output, Output) and isinstance(bias, Parameter) and self.found.sites[output.site].bias is None:
-                site = self.found.sites[output.site]
-                view = _bias_view(site, output.view, bias, self.shapes[bias.leaf], tuple(equation.outvars[0].aval.shape))
+            if isinstance(output, Output) and isinstance(bias, Parameter) and self.found.sites[output.site].site.bias is None:
+                use = self.found.sites[output.site]
+                view = _bias_view(use, output.view, bias, self.shapes[bias.leaf], tuple(equation.outvars[0].aval.shape))
                 if view is not None:
-                    self.found.sites[output.site] = replace(site, bias=bias.leaf, bias_view=view)
+                    self.found.sites[output.site] = replace(use, site=replace(use.site, bias=bias.leaf, bias_view=view))
                     return True
         return False
 
@@ -236,16 +256,13 @@ class _Walk:
         return [*carry, *map(_unseen, outs[carried:])]
 
 
-def _site(
-    equation: Equation, weight: Parameter, path: Path, scans: tuple[int, ...], *, place: int, source: int, operand: int, numbers: Any
-) -> Site:
-    """The site at an equation whose operands number ``place`` and ``source`` are the weight and the inputs of a product."""
+def _site(equation: Equation, weight: Parameter, path: Path, scans: tuple[int, ...], *, place: int, source: int) -> Site:
+    """The site at an equation whose operands number ``place`` and ``source`` are the weight and what the layer sees."""
     (output,) = equation.outvars
     return Site(
         path=path,
         leaf=weight.leaf,
         view=weight.view,
-        operand=operand,
         source=source,
         scans=scans,
         weight=tuple(equation.invars[place].aval.shape),
@@ -253,14 +270,30 @@ def _site(
         output=tuple(output.aval.shape),
         dtype=output.aval.dtype,
         varying=program.varying(output),
-        numbers=numbers,
     )
+
+
+PLACES = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
+"""By primitive, which of its two operands may be the weight."""
+
+
+def _geometry(primitive: str, site: Site, place: int, params: Any) -> Geometry | str:
+    """What a site is in the core's terms, or why it is nothing."""
+    if primitive == "dot_general":
+        return dense(site, place, params["dimension_numbers"])
+    return convolution(site, params) if primitive == "conv_general_dilated" else gather(site, params)
 
 
 def _leaves(fact: Fact) -> frozenset[int]:
     if isinstance(fact, Parameter):
         return frozenset((fact.leaf,))
     return fact.leaves if isinstance(fact, Function) else frozenset()
+
+
+def _made(facts: Sequence[Fact], *by: str) -> Function:
+    """What primitives make of facts about parameters."""
+    before = [name for fact in facts if isinstance(fact, Function) for name in fact.made]
+    return Function(frozenset().union(*map(_leaves, facts)), tuple(dict.fromkeys([*before, *(name for name in by if name not in MOVES)])))
 
 
 def _of_batch(fact: Fact) -> bool:
@@ -289,24 +322,23 @@ def _join(one: Fact, other: Fact) -> Fact:
     if isinstance(one, Constant):
         return other
     if isinstance(one, Function) and isinstance(other, Function):
-        return Function(one.leaves | other.leaves)
+        return _made([one, other])
     return BATCH
 
 
-def _bias_view(site: Site, output_view: View, bias: Parameter, shape: tuple[int, ...], sum_shape: tuple[int, ...]) -> View | None:
-    """The way from a parameter to ``[*stack, out]``, if it is added to every row of the product alike and to each feature once.
+def _bias_view(use: Geometry, output_view: View, bias: Parameter, shape: tuple[int, ...], sum_shape: tuple[int, ...]) -> View | None:
+    """The way from a parameter to ``[*stack, out]``, if it is added to every row of the output alike and to each feature once.
 
     Both sides of the sum are labelled with integers: the output by feature, with stride zero along its rows, the parameter by entry.
     """
-    geometry = dense(site)
+    site = use.site
     last = max((i for i, step in enumerate(bias.view) if isinstance(step, Each)), default=-1) + 1
     before, after = bias.view[:last], bias.view[last:]
     if tuple(step.depth for step in before if isinstance(step, Each)) != site.stacked:
         return None
     slice_shape = apply(before, np.broadcast_to(np.int8(0), shape)).shape[len(site.stacked) :]
-    batch = range(len(site.numbers[1][0]))
-    rows, outs = output_axes(site)
-    own = (*(site.output[a] for a in batch), *(site.output[a] for a in outs))
+    batch, rows, outs = use.output_axes
+    own = tuple(site.output[a] for a in (*batch, *outs))
     size = math.prod(own)
     if math.prod(slice_shape) != size:
         return None
@@ -323,5 +355,5 @@ def _bias_view(site: Site, output_view: View, bias: Parameter, shape: tuple[int,
     seen, added = seen[pick], np.broadcast_to(added, sum_shape)[pick]
     if seen.size != size or not np.array_equal(seen, added):
         return None
-    final = (*geometry.stack[len(site.stacked) :], geometry.outs)
+    final = (*use.stack[len(site.stacked) :], use.outs)
     return before if slice_shape == final else (*before, Reshape(slice_shape, final))

@@ -12,12 +12,14 @@ import jax
 import kfcore
 from kfcore import Linear
 from kfcore_jax.analysis import Findings, is_trained
-from kfcore_jax.sites import Dense, dense
+from kfcore_jax.sites import Dense, Geometry, Site
 from kfcore_jax.views import View, apply, undo
 
 Sharing = Literal["expand", "reduce"]
 WEIGHTS = {"kernel", "weight", "w", "W"}
 """Last keys that say "the weight" and are left out of the name of a layer."""
+LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding"}
+"""What a report calls the layer of each kind of use."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Layout:
     model: kfcore.Model
     places: Mapping[str, Placement]
     """By the path of the parameter in the user's tree."""
-    sites: Mapping[str, tuple[Dense, ...]]
-    """Uses of each layer."""
+    sites: Mapping[str, tuple[Geometry, ...]]
+    """Uses of the weight of each layer, and of every other parameter that is a weight wherever it is used, by the name of its layer to be.
+
+    They have a bias where it is that of the layer.
+    """
     reasons: Mapping[str, str]
     """Why a parameter has the block it has, by its name in the core."""
     regularised: frozenset[str] = frozenset()
-    """Layers whose weight also has a term of its own in the loss, which is no part of the curvature."""
+    """Of the names in ``sites``, those whose weight or bias also has a term of its own in the loss, which is no part of the curvature."""
     whole: frozenset[str] = frozenset()
     """Layers whose gradient is the product of what is captured of them, and nothing else."""
 
@@ -77,6 +82,13 @@ class Layout:
         return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys(), self.whole & layers.keys())
 
 
+def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Linear | str:
+    """The layer of the core that a use of a weight is, or why there is none yet. The only place that knows which there are."""
+    if isinstance(use, Dense):
+        return Linear(use.ins, use.outs, bias, sharing, use.layout, use.stack)
+    return f"{use.kind}: captured, but no curvature block for it yet"
+
+
 def layout(
     params: Any, found: Findings, *, bias: Literal["joint", "separate"], sharing: Sharing | Mapping[str, Sharing], prefix: str | None
 ) -> Layout:
@@ -87,32 +99,36 @@ def layout(
     uses, owners = _sites_by_leaf(found)
     layers: dict[str, Linear] = {}
     places: dict[str, Placement] = {}
-    sites: dict[str, tuple[Dense, ...]] = {}
+    sites: dict[str, tuple[Geometry, ...]] = {}
     reasons: dict[str, str] = {}
     refused: dict[int, str] = {}
     for leaf, uses_here in uses.items():
-        why = _obstacle(found, leaf, uses_here)
-        if why:
-            refused[leaf] = why
-            refused |= {u.site.bias: "bias of a product whose weight has no layer" for u in uses_here if u.site.bias is not None}
-            continue
         first = uses_here[0]
+        biases = {use.site.bias for use in uses_here if use.site.bias is not None}
+        if leaf in found.uses and not first.site.name:
+            refused[leaf] = f"weight of a {first.kind}, but also used in {', '.join(found.uses[leaf])}"
+            refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
+            continue
         name = first.site.name or _layer_name(short, leaf)
-        if name in layers:
+        if name in sites:
             name = short[leaf]
-        biases = {use.site.bias for use in uses_here}
         owned = _own_bias(found, owners, uses_here, uses)
+        sites[name] = tuple(uses_here if owned is not None else (replace(u, site=replace(u.site, bias=None)) for u in uses_here))
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
-        layers[name] = Linear(first.ins, first.outs, bias if owned is not None else None, how, first.layout, first.stack)
+        layer = _layer(uses_here, None if owned is None else bias, how)
+        if isinstance(layer, str):
+            refused[leaf] = layer
+            refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
+            continue
+        layers[name] = layer
         places[paths[leaf]] = Placement(f"{name}.weight", tuple(arrays[paths[leaf]].shape), first.weight)
-        sites[name] = tuple(uses_here)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
-        reasons[f"{name}.weight"] = f"dense: {paths[leaf]}{times}"
+        reasons[f"{name}.weight"] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
         if owned is not None:
             places[paths[owned]] = Placement(f"{name}.bias", tuple(arrays[paths[owned]].shape), first.site.bias_view)
             reasons[f"{name}.bias"] = f"bias of {name}: {paths[owned]}"
         else:
-            refused |= {b: "bias that more than one layer adds, or that is used elsewhere too" for b in biases if b is not None}
+            refused |= dict.fromkeys(biases, "bias that more than one layer adds, or that is used elsewhere too")
     others: dict[str, tuple[int, ...]] = {}
     for leaf, path in enumerate(paths):
         if path in places:
@@ -123,8 +139,8 @@ def layout(
         others[name] = tuple(arrays[path].shape)
         places[path] = Placement(name, others[name])
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
-    regularised = frozenset(name for name, uses_here in sites.items() if uses_here[0].site.leaf in found.regularised)
-    whole = frozenset(name for name, uses_here in sites.items() if _whole(found, uses_here))
+    regularised = frozenset(name for name, uses_here in sites.items() if _has_own_term(found, uses_here[0].site))
+    whole = frozenset(name for name in layers if name not in regularised and not any(u.site.name or u.site.ruled for u in sites[name]))
     return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole)
 
 
@@ -155,27 +171,30 @@ def _layer_name(short: Sequence[str], leaf: int) -> str:
     return head if head and last in WEIGHTS and len(twins) == 1 else short[leaf]
 
 
-def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Dense]], Counter[int]]:
+def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Geometry]], Counter[int]]:
     """Uses of every weight, those named by hand alone where there are any; and how many of them add every bias."""
-    uses: dict[int, list[Dense]] = {}
-    for site in found.sites.values():
-        uses.setdefault(site.leaf, []).append(dense(site))
+    uses: dict[int, list[Geometry]] = {}
+    for use in found.sites.values():
+        uses.setdefault(use.site.leaf, []).append(use)
     for leaf, all_uses in uses.items():
         uses[leaf] = [use for use in all_uses if use.site.name] or all_uses
     return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
-def _obstacle(found: Findings, leaf: int, uses: Sequence[Dense]) -> str | None:
-    """Why the sites of a parameter do not make a layer, if so."""
-    first = uses[0]
-    if leaf in found.uses and not first.site.name:
-        return f"multiplied with the batch, but also used in {', '.join(found.uses[leaf])}"
-    if any((u.weight, u.stack, u.ins, u.outs, u.layout) != (first.weight, first.stack, first.ins, first.outs, first.layout) for u in uses):
-        return "used in products of different orientation or shape"
-    return None
+def _layer(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Linear | str:
+    """The one layer that all uses of a weight are, or why there is none."""
+    kinds = dict.fromkeys(use.kind for use in uses)
+    if len(kinds) > 1:
+        return f"captured in a {' and in a '.join(kinds)}, but no curvature block covers both"
+    first, *others = [layer_of(use, bias, sharing) for use in uses]
+    if any(other != first for other in others) or any(use.weight != uses[0].weight for use in uses):
+        return (
+            f"used in {uses[0].kind}s of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"
+        )
+    return first
 
 
-def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Dense], weights: Mapping[int, Any]) -> int | None:
+def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Geometry], weights: Mapping[int, Any]) -> int | None:
     """The bias that every use of the layer adds, if nothing else touches it."""
     first = uses[0].site
     bias = first.bias
@@ -186,10 +205,9 @@ def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Dense],
     return bias if owners[bias] == len(uses) else None
 
 
-def _whole(found: Findings, uses: Sequence[Dense]) -> bool:
-    """Whether the gradients of a layer's weight and bias come from these uses alone, each by the derivative of what it computes."""
-    leaves = {u.site.leaf for u in uses} | {u.site.bias for u in uses}
-    return leaves.isdisjoint(found.regularised) and not any(u.site.name or u.site.ruled for u in uses)
+def _has_own_term(found: Findings, site: Site) -> bool:
+    """Whether weight or bias have a term that does not see the batch. A bias that meets the batch after all (a wrong tap) has none."""
+    return site.leaf in found.regularised or (site.bias in found.regularised and site.bias not in found.uses)
 
 
 def _other_reason(found: Findings, leaf: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,7 +18,8 @@ from kfcore_jax.evaluation import evaluate
 from kfcore_jax.layout import Layout, Sharing, layout, leaves_of, path_of
 from kfcore_jax.program import Path
 from kfcore_jax.records import Records
-from kfcore_jax.sites import Dense, Site
+from kfcore_jax.sites import Geometry, Site
+from kfcore_jax.views import undo
 
 Function = Callable[..., Any]
 
@@ -51,8 +52,20 @@ class Model:
             ``value`` is a pair with the auxiliary output where ``has_aux`` is set.
 
         """
+        return self._captured(params, args, self.layers)
+
+    def capture(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
+        """As :meth:`value_grad_and_records`, with records also of what no layer of the core covers yet: all names in ``layout.sites``.
+
+        A convolution has ``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, *spatial, out]``, a gather has
+        ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop that share a convolution are further examples.
+        """
+        return self._captured(params, args, self.layout.sites)
+
+    def _captured(self, params: Any, args: Any, names: Collection[str]) -> tuple[Any, Any, Records]:
         tapped = _Tapped(self.function, params, args, self.has_aux)
-        uses = self._uses(tapped)
+        found = self._found(tapped, names)
+        uses = {name: found.sites[name] for name in names}
         sites = _sites(uses)
 
         def loss(params: Any, taps: Any) -> Any:
@@ -60,12 +73,9 @@ class Model:
             return value, (aux, inputs)
 
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-        (value, (aux, inputs)), (grads, found) = call(params, _zeros(sites))
-        layers = {
-            name: [(use.inputs(inputs[use.site.path]), use.output_grads(found[use.site.path])) for use in of_layer]
-            for name, of_layer in uses.items()
-        }
-        records = Records(layers, self._terms(uses))
+        (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
+        layers = {name: [use.captured(inputs[use.site.path], pulled[use.site.path]) for use in of_layer] for name, of_layer in uses.items()}
+        records = Records(layers, self._terms(found))
         records.gradients = leaves_of(grads)
         return ((value, aux) if self.has_aux else value), grads, records
 
@@ -100,7 +110,8 @@ class Model:
         if method.fisher == "mc" and key is None:
             raise ValueError("`key` must be given: fisher='mc' draws labels from the model")
         tapped = _Tapped(predict, params, args, False)
-        uses = self._uses(tapped)
+        found = self._found(tapped, self.layers)
+        uses = {name: found.sites[name] for name in self.layers}
         sites = _sites(uses)
 
         def outputs_of(taps: Any) -> Any:
@@ -117,12 +128,12 @@ class Model:
             vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
         pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
 
-        def record(use: Dense) -> tuple[jax.Array, jax.Array]:
+        def record(use: Geometry) -> tuple[jax.Array, jax.Array]:
             """The vectors take their place behind the axes of the stack, as further examples."""
-            axis = len(use.stack)
-            grads = jax.vmap(use.output_grads, out_axes=axis)(pulled[use.site.path])
+            axis, path = len(use.stack), use.site.path
+            seen, grads = jax.vmap(lambda dy: use.captured(inputs[path], dy), out_axes=(None, axis))(pulled[path])
             merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
-            return use.inputs(inputs[use.site.path]), grads.reshape(merged)
+            return seen, grads.reshape(merged)
 
         return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms)
 
@@ -168,9 +179,10 @@ class Model:
         return np.swapaxes(x, -1, -2) if role == "weight" and layer in self.layers and self.layers[layer].layout == "io" else x
 
     def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
-        """Rebuild the gradients of every weight and bias from the records and compare them with autodiff's: relative deviations by layer.
+        """Rebuild the gradients of every weight and bias from the records and compare them with autodiff's: relative deviations by name.
 
-        Layers whose weight has a term of its own in the loss (a penalty) are left out: that is no part of the records.
+        The names are those of :meth:`capture`: of the layers, and of what is captured but has no layer yet. Where a weight or a bias
+        has a term of its own in the loss (a penalty) they are left out: that is no part of the records.
 
         Raises
         ------
@@ -179,37 +191,31 @@ class Model:
             ``custom_jvp`` rule that is not the derivative.
 
         """
-        _, grads, records = jax.jit(self.value_grad_and_records)(params, *args)
-        flat = self.layout.flat(grads)
+        _, grads, records = jax.jit(self.capture)(params, *args)
+        expected = [np.asarray(x, np.float64) for x in leaves_of(grads).values()]
         deviations = {}
-        for name, layer in self.layers.items():
-            if name in self.layout.regularised:
-                continue
-            pairs = _wide(records.layers[name])
-            weight = sum(np.einsum("...nsi,...nsj->...ij", dy, x) for x, dy in pairs)
-            rebuilt = {"weight": weight, "bias": sum(dy.sum((-3, -2)) for _, dy in pairs)}
-            expected = {role: self._turned(f"{name}.{role}", np.asarray(flat[f"{name}.{role}"], np.float64)) for role in layer.parameters}
-            # a bias may have no gradient but rounding noise, as that of the keys of an attention
-            floor = 1e-3 * float(np.linalg.norm(expected["weight"]))
-            deviations[name] = max(_deviation(rebuilt[role], y, floor) for role, y in expected.items())
+        for name, uses in self.layout.sites.items():
+            if name not in self.layout.regularised:
+                deviations[name] = max(_deviations(uses, records.layers[name], expected))
         wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
         if wrong:
             raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")
         return deviations
 
-    def _uses(self, tapped: _Tapped) -> dict[str, tuple[Dense, ...]]:
-        """The sites of this program by layer: batch sizes may differ from those at :func:`trace`, layers may not."""
+    def _found(self, tapped: _Tapped, names: Collection[str]) -> Layout:
+        """The layout of this program: batch sizes may differ from those at :func:`trace`, the layers and what is to be captured may not."""
         found = tapped.layout(self._how)
-        lost = [name for name, layer in self.layers.items() if found.model.layers.get(name) != layer]
+        lost = [name for name in names if name not in found.sites or found.model.layers.get(name) != self.layers.get(name)]
         if lost:
             raise ValueError(f"the program no longer uses {', '.join(lost)} as it did when it was traced: trace the model anew")
-        return {name: found.sites[name] for name in self.layers}
+        return found
 
-    def _terms(self, uses: Mapping[str, tuple[Dense, ...]]) -> float:
-        """Rows of the layer whose product comes last, times its width where the loss compares numbers."""
+    def _terms(self, found: Layout) -> float:
+        """Rows of the site that comes last, layer or not, times its width where the loss compares numbers."""
+        uses = [use for of_name in found.sites.values() for use in of_name]
         if not uses:
             return 1.0
-        last = max((use for of_layer in uses.values() for use in of_layer), key=lambda use: use.site.path)
+        last = max(uses, key=lambda use: use.site.path)
         size = math.prod(last.site.tap)
         return float(size if self.per_entry else size // last.outs)
 
@@ -305,7 +311,7 @@ class _Tapped:
         return value, aux, inputs
 
 
-def _sites(uses: Mapping[str, tuple[Dense, ...]]) -> dict[Path, Site]:
+def _sites(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[Path, Site]:
     return {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
 
 
@@ -325,8 +331,19 @@ class _Draw:
         return (jax.random.uniform if kind == "uniform" else jax.random.normal)(own, shape, self.dtype)
 
 
-def _wide(record: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(np.asarray(x, np.float64), np.asarray(dy, np.float64)) for x, dy in record]
+def _deviations(uses: Sequence[Geometry], pairs: Any, expected: Sequence[np.ndarray]) -> list[float]:
+    """Of the gradients that captured arrays add up to from those by leaf: the weight's, and the bias' if there is one."""
+    rebuilt: dict[int, Any] = {}
+    for use, pair in zip(uses, pairs, strict=True):
+        x, dy = (np.asarray(v) for v in pair)
+        site = use.site
+        rebuilt[site.leaf] = rebuilt.get(site.leaf, 0.0) + undo(use.weight, use.gradient(x, dy))
+        if site.bias is not None:
+            rows = tuple(range(len(use.stack), dy.ndim - 1))
+            rebuilt[site.bias] = rebuilt.get(site.bias, 0.0) + undo(site.bias_view, dy.astype(np.float64).sum(rows))
+    # a bias may have no gradient but rounding noise, as that of the keys of an attention
+    floor = 1e-3 * float(np.linalg.norm(expected[uses[0].site.leaf]))
+    return [_deviation(x, expected[leaf], floor) for leaf, x in rebuilt.items()]
 
 
 def _deviation(x: Any, y: np.ndarray, floor: float) -> float:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 import kfcore
 from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize, schedule
@@ -179,7 +180,7 @@ class _Core:
         """State that has seen nothing."""
         layout, optimizer = self.bind(params)
         flat = layout.flat(params)
-        if any(getattr(x, "committed", True) for x in flat.values()):
+        if any(isinstance(x, Tracer) or getattr(x, "committed", True) for x in flat.values()):
             # compiled, so that the state lies where the parameters do before the first step as after it, each array in a buffer of its own
             return jax.jit(optimizer.init)(flat)
         empty = optimizer.init({name: np.zeros(x.shape, factor_dtype(jnp, x.dtype)) for name, x in flat.items()})

@@ -31,6 +31,13 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class Reverse:
+    """Entries along some axes from the last to the first."""
+
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Broadcast:
     """Entries repeated along new or unit axes; ``axes`` are where the old ones went. It has no way back."""
 
@@ -46,7 +53,7 @@ class Each:
     depth: int
 
 
-View: TypeAlias = tuple[Reshape | Transpose | Broadcast | Each, ...]
+View: TypeAlias = tuple[Reshape | Transpose | Reverse | Broadcast | Each, ...]
 
 
 def exact(view: View) -> bool:
@@ -65,6 +72,8 @@ def apply(view: View, x: Any) -> Any:
             x = x.reshape(*head, *step.after)
         elif isinstance(step, Transpose):
             x = x.transpose(*range(lead), *(lead + a for a in step.axes))
+        elif isinstance(step, Reverse):
+            x = _reversed(x, lead, step)
         else:
             unit = [1] * len(step.after)
             for old, new in enumerate(step.axes):
@@ -81,11 +90,17 @@ def undo(view: View, x: Any) -> Any:
             lead -= 1
         elif isinstance(step, Reshape):
             x = x.reshape(*x.shape[:lead], *step.before)
+        elif isinstance(step, Reverse):
+            x = _reversed(x, lead, step)
         else:
             assert isinstance(step, Transpose)
             inverse = sorted(range(len(step.axes)), key=step.axes.__getitem__)
             x = x.transpose(*range(lead), *(lead + a for a in inverse))
     return x
+
+
+def _reversed(x: Any, lead: int, step: Reverse) -> Any:
+    return x[tuple(slice(None, None, -1 if axis - lead in step.axes else None) for axis in range(x.ndim))]
 
 
 def step_of(primitive: str, params: dict[str, Any], before: Shape, after: Shape) -> View | None:
@@ -94,8 +109,11 @@ def step_of(primitive: str, params: dict[str, Any], before: Shape, after: Shape)
         return (Transpose(tuple(int(a) for a in params["permutation"])),)
     if primitive == "broadcast_in_dim" and math.prod(before) != math.prod(after):
         return (Broadcast(before, tuple(int(a) for a in params["broadcast_dimensions"]), after),)
+    if primitive == "rev":
+        return (Reverse(tuple(int(a) for a in params["dimensions"])),)
     if primitive == "reshape" and params.get("dimensions") is not None:
-        return None
+        order = tuple(int(a) for a in params["dimensions"])
+        return (Transpose(order), Reshape(tuple(before[a] for a in order), after))
     if primitive in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
         # a broadcast that repeats nothing only adds unit axes if it keeps the order, which the primitive demands
         return () if before == after else (Reshape(before, after),)
@@ -104,3 +122,5 @@ def step_of(primitive: str, params: dict[str, Any], before: Shape, after: Shape)
 
 UNCHANGED = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "name", "reduce_precision", "pvary", "pcast"}
 """Primitives that leave every entry where it is; casts are undone by the dtype of what comes back."""
+MOVES = UNCHANGED | {"transpose", "rev", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
+"""All primitives that compute nothing."""

@@ -73,7 +73,7 @@ def capture(loss, params, *args, rtol=1e-9, **options):
         for role in layer.parameters:
             if name not in model.layout.regularised:
                 assert gap(rebuilt(model, records, name)[role], np.asarray(flat[f"{name}.{role}"], np.float64)) <= rtol, (name, role)
-    assert model.check_capture(params, *args, rtol=rtol).keys() == model.layers.keys() - model.layout.regularised
+    assert model.check_capture(params, *args, rtol=rtol).keys() == model.layout.sites.keys() - model.layout.regularised
     return model
 
 
@@ -208,7 +208,7 @@ def test_linen_convolution(linen):
     params = double(net.init(jax.random.key(0), images)["params"])
     model = capture(lambda p, x, y: mse(net.apply({"params": p}, x), y), params, images, data()[1])
     assert model.layers == {"head": io(180, 3)}
-    assert_fallbacks(model, **{"conv.kernel": "conv_general_dilated", "conv.bias": "add"})
+    assert_fallbacks(model, **{"conv.kernel": "convolution: captured", "conv.bias": "bias of a convolution"})
 
 
 def test_linen_batch_norm_with_a_state_that_comes_back(linen):
@@ -511,7 +511,7 @@ def test_derivatives_inside_the_loss():
         return jnp.mean(jax.vmap(jax.grad(net))(x) ** 2) + mse(affine(x, p["w"], p["b"]), y)
 
     model = capture(loss, one_layer(), *data())
-    assert_fallbacks(model, w="different orientation", b="whose weight has no layer")
+    assert_fallbacks(model, w=["different orientation", "takes derivatives"], b="whose weight has no layer")
 
 
 def test_integer_leaves_are_no_parameters():
@@ -534,6 +534,12 @@ def test_a_batch_that_the_loss_closes_over(wrap):
     model = capture(loss, one_layer())
     assert model.layers == {"w": io(4, 3)}
     assert_fallbacks(model)
+
+
+def test_an_argument_that_no_parameter_meets_is_no_batch():
+    x, y = data()
+    model = capture(lambda p, unrelated: mse(affine(x, **p), y) + jnp.sum(unrelated), one_layer(), jnp.ones(3))
+    assert model.layers == {"w": io(4, 3)}
 
 
 def test_a_batch_inside_a_loop_that_the_loss_closes_over():
@@ -573,14 +579,14 @@ FALLBACKS = {
     "custom_vjp": ("custom_vjp_call", lambda x, p: opaque(x, p["w"])),
     "cond": ("cond", lambda x, p: lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: -x @ p["w"])),
     "while": ("while", last),
-    "normalised": ("dot_general", lambda x, p: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))),
+    "normalised": ("dot_general after mul, reduce_sum, sqrt, div", lambda x, p: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))),
     "divided_by_its_norm": ("div", lambda x, p: x @ p["w"] / jnp.linalg.norm(p["w"])),
     "lora": ("dot_general", lambda x, p: x @ (p["w"] @ p["w"])),
     "times_a_constant": ("dot_general", lambda x, p: x @ (p["w"] @ jnp.eye(4))),
     "slice": ("dot_general", lambda x, p: x @ p["w"][:, :3]),
     "stopped": ("dot_general", lambda x, p: x @ lax.stop_gradient(p["w"]) + x @ p["w"]),
     "masked_by_the_batch": ("mul", lambda x, p: x @ (p["w"] * x[:4])),
-    "convolution": ("conv_general_dilated", lambda x, p: lax.conv(x[:, None], p["w"][:, None], (1,), "SAME").sum(1)),
+    "convolution": ("convolution: captured", lambda x, p: lax.conv(x[:, None], p["w"][:, None], (1,), "SAME").sum(1)),
     "complex": ("dot_general", lambda x, p: jnp.real(jnp.fft.fft(x) @ p["w"])),
     "tied_transposed": ("different orientation", lambda x, p: jnp.tanh(x @ p["w"]) @ p["w"].T),
     "also_scaled": ("also used in mul", lambda x, p: x @ p["w"] * p["w"][0]),
@@ -630,6 +636,12 @@ def test_a_penalty_keeps_the_layer_and_is_no_part_of_its_records(penalty):
     without = jax.grad(lambda p: mse(affine(x, **p), y))(params)
     assert gap(found["weight"], without["w"]) <= 1e-9
     assert gap(found["bias"], without["b"]) <= 1e-9
+
+
+def test_a_penalty_of_a_bias_leaves_its_layer_out_of_the_check():
+    model = capture(lambda p, x, y: mse(affine(x, **p), y) + jnp.sum(p["b"] ** 2), one_layer(), *data())
+    assert model.layers == {"w": io(4, 3)}
+    assert model.layout.regularised == {"w"}
 
 
 # ---- weights used twice, and biases
@@ -855,7 +867,7 @@ def test_a_tap_over_an_ensemble_is_refused():
 @pytest.mark.parametrize("part", [0, 1], ids=["inputs", "output_grads"])
 def test_an_error_of_one_percent_in_a_record_is_caught(part, monkeypatch):
     model = capture(dense_loss(affine), one_layer(), *data())
-    whole = model.value_grad_and_records
+    whole = model.capture
 
     def off(*args):
         value, grads, records = whole(*args)
@@ -863,7 +875,7 @@ def test_an_error_of_one_percent_in_a_record_is_caught(part, monkeypatch):
         records.layers["w"] = [(1.01 * inputs, dy) if part == 0 else (inputs, 1.01 * dy)]
         return value, grads, records
 
-    monkeypatch.setattr(model, "value_grad_and_records", off)
+    monkeypatch.setattr(model, "capture", off)
     with pytest.raises(AssertionError, match=r"differ from autodiff's in w \(1\.0e-02\)"):
         model.check_capture(one_layer(), *data())
     assert 0.0099 < model.check_capture(one_layer(), *data(), rtol=0.02)["w"] < 0.0101

@@ -1,0 +1,71 @@
+"""What all sites have, whatever their kind: where they are in the program, and the loops around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kfcore_jax.program import Path
+from kfcore_jax.views import Each, Shape, View
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a parameter as the weight of a layer.
+
+    ``view`` leads from the parameter to the operand of the equation at ``path``, inside the loops ``scans`` (outermost first).
+    """
+
+    path: Path
+    leaf: int
+    view: View
+    source: int
+    """Which operand of the equation the layer sees: its inputs, or the numbers of the rows it takes."""
+    scans: tuple[int, ...]
+    """Lengths of the loops around it."""
+    weight: Shape
+    """Shape of the operand that is the weight."""
+    inputs: Shape
+    """Shape of the operand that the layer sees."""
+    output: Shape
+    dtype: Any
+    varying: tuple[str, ...] = ()
+    """Axes of a ``shard_map`` over which the output differs."""
+    bias: int | None = None
+    bias_view: View = ()
+    name: str | None = None
+    """Given by the user, for a tap."""
+    ruled: bool = False
+    """Whether it lies in a function with a rule of its own for derivatives, which need not be those of what is computed."""
+
+    @property
+    def tap(self) -> Shape:
+        """Shape of what is added to the output: the loops first."""
+        return (*self.scans, *self.output)
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Depths of the loops that take another weight each time, which are the first axes of what the loops return."""
+        return tuple(step.depth for step in self.view if isinstance(step, Each))
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Depths of the loops that use the same weight again."""
+        return tuple(depth for depth in range(len(self.scans)) if depth not in self.stacked)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the loops that take another weight each time."""
+        return tuple(self.scans[depth] for depth in self.stacked)
+
+    def behind(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """Axes of an array of the program, once the axes of the loops stand before them."""
+        return tuple(len(self.scans) + a for a in axes)
+
+
+def merged(x: Any, lead: Sequence[int], groups: Sequence[Sequence[int]]) -> Any:
+    """``x`` with the axes ``lead`` first, and then one axis for each group of axes."""
+    shape = [x.shape[a] for a in lead] + [math.prod(x.shape[a] for a in group) for group in groups]
+    return x.transpose([*lead, *(a for group in groups for a in group)]).reshape(shape)
