@@ -98,8 +98,7 @@ class KFAC(Method):
         rows = examples = 0.0
         if inputs is not None:
             xp = check_captured("inputs", inputs, state.average.weight)
-            a = layer.input_rows(xp, inputs, dtype)
-            rows, a = float(a.shape[-2]), gram(xp, a)
+            a, rows = layer.input_gram(xp, inputs, dtype)
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, state.average.weight)
             examples, g = float(output_grads.shape[-3]), gram(xp, layer.output_rows(xp, output_grads, dtype))
