@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kfcore._array import Array, Namespace, cast, device, primitive
+import numpy
+
+from kfcore._array import Array, Namespace, cast, device, primitive, register_kernel
 from kfcore.linalg import gram
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -128,7 +130,7 @@ def _pieces(xp: Namespace, x: Array, window: Window, groups: int, dtype: object)
     # where the patches of a single example do not fit, it is cut into slabs along its first spatial axis
     rows = max(1, min(height, space * height // max(1, _numbers(x, window)))) if step == 1 else height
     for start in range(0, max(examples, 1), step):
-        part = prepared(xp, _contiguous(xp, cast(xp, x[(..., slice(start, start + step), *tail)], dtype)), window)
+        part = prepared(xp, _contiguous(xp, cast(xp, x[(..., slice(start, min(start + step, examples)), *tail)], dtype)), window)
         for top in range(0, height, rows):
             first, last = top * window.stride[0], (min(top + rows, height) - 1) * window.stride[0] + window.reach[0]
             slab = part if rows == height else part[(..., slice(first, last), *tail[1:])]
@@ -199,3 +201,15 @@ def _source(i: int, n: int, mode: PaddingMode) -> int:
 
 def _cut(x: Array, axis: int, start: int, stop: int) -> Array:
     return x[(slice(None),) * axis + (slice(start, stop), ...)]
+
+
+def _numpy_patches(xp: Namespace, x: numpy.ndarray, window: Window) -> numpy.ndarray:
+    """In one copy of a view, which moves whole rows of the kernel at once."""
+    lead = x.ndim - 1 - window.axes
+    view = numpy.lib.stride_tricks.sliding_window_view(x, window.reach, axis=tuple(range(lead, lead + window.axes)))
+    steps, spreads = ([slice(None, None, n) for n in sizes] for sizes in (window.stride, window.dilation))
+    view = numpy.moveaxis(view[(slice(None),) * lead + (*steps, slice(None), *spreads)], lead + window.axes, -1)
+    return view.reshape(*view.shape[: lead + window.axes], math.prod(window.kernel), x.shape[-1])
+
+
+register_kernel("patches", "numpy", _numpy_patches)
