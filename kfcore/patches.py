@@ -81,11 +81,21 @@ def patches(xp: Namespace, x: Array, window: Window) -> Array:
     return xp.stack(list(_slices(x, window)), axis=-2)
 
 
-def patch_means(xp: Namespace, x: Array, window: Window) -> Array:
-    """Mean patch ``[..., K, C]`` over the outputs of ``x [..., *spatial, C]``: no patch is made, each offset is averaged by itself."""
-    spatial = tuple(range(-1 - window.axes, -1))
-    means = [xp.mean(part, axis=spatial) for part in _slices(prepared(xp, x, window), window)]
-    return xp.stack(means, axis=-2)
+def patch_means(xp: Namespace, x: Array, window: Window, dtype: object) -> Array:
+    """Mean patch ``[..., N, K, C]`` over the outputs of ``x [..., N, *spatial, C]``, not yet prepared, in ``dtype``.
+
+    No patch is made: one spatial axis after the other is averaged, once for every offset along it.
+    """
+    step = max(1, room(x) // max(1, math.prod(x.shape) // max(1, x.shape[-2 - window.axes])))
+    means = []
+    for part in _examples(x, window, step):
+        part = prepared(xp, cast(xp, part, dtype), window)
+        for i, (k, d, s) in enumerate(zip(window.kernel, window.dilation, window.stride, strict=True)):
+            axis = part.ndim - 1 - window.axes + i
+            last = (part.shape[axis] - window.reach[i]) // s * s + 1
+            part = xp.stack([xp.mean(_cut(part, axis, o, o + last, s), axis=axis) for o in range(0, k * d, d)], axis=axis)
+        means.append(xp.reshape(part, (*part.shape[: -1 - window.axes], math.prod(window.kernel), part.shape[-1])))
+    return means[0] if len(means) == 1 else xp.concat(means, axis=-3)
 
 
 @primitive
@@ -106,14 +116,21 @@ def patch_rows(xp: Namespace, x: Array, window: Window, groups: int) -> Array:
     return _rows(xp, prepared(xp, x, window), window, groups)
 
 
-def room(x: Array, window: Window) -> int:
-    """How many numbers of a patch matrix of ``x [..., *spatial, C]`` are held at a time: half of those of ``x``, or :data:`ROOM`."""
+def room(x: Array) -> int:
+    """How many numbers made of ``x`` are held at a time: half of those of ``x``, or :data:`ROOM` if that is more."""
     return max(ROOM, math.prod(x.shape) // 2)
 
 
 def at_once(x: Array, window: Window) -> int:
     """How many examples of ``x [..., N, *spatial, C]`` have patches that fit into :func:`room`, at least one."""
-    return max(1, min(x.shape[-2 - window.axes], room(x, window) // max(1, _numbers(x, window))))
+    return max(1, min(x.shape[-2 - window.axes], room(x) // max(1, _numbers(x, window))))
+
+
+def _examples(x: Array, window: Window, step: int) -> Iterator[Array]:
+    """``x [..., N, *spatial, C]`` by ``step`` examples at a time; what has none is one part."""
+    axis = x.ndim - 2 - window.axes
+    for start in range(0, max(x.shape[axis], 1), step):
+        yield x if step >= x.shape[axis] else _cut(x, axis, start, min(start + step, x.shape[axis]))
 
 
 def _numbers(x: Array, window: Window) -> int:
@@ -124,16 +141,15 @@ def _numbers(x: Array, window: Window) -> int:
 
 def _pieces(xp: Namespace, x: Array, window: Window, groups: int, dtype: object) -> Iterator[Array]:
     """The patches of all examples as rows ``[..., groups, n, K c]``, a piece at a time."""
-    space, tail = room(x, window), (slice(None),) * (window.axes + 1)
-    examples, step = x.shape[-2 - window.axes], at_once(x, window)
+    space, step = room(x), at_once(x, window)
     height = window.outputs(x.shape[-1 - window.axes : -1])[0]
     # where the patches of a single example do not fit, it is cut into slabs along its first spatial axis
     rows = max(1, min(height, space * height // max(1, _numbers(x, window)))) if step == 1 else height
-    for start in range(0, max(examples, 1), step):
-        part = prepared(xp, _contiguous(xp, cast(xp, x[(..., slice(start, min(start + step, examples)), *tail)], dtype)), window)
+    for part in _examples(x, window, step):
+        part = prepared(xp, _contiguous(xp, cast(xp, part, dtype)), window)
         for top in range(0, height, rows):
             first, last = top * window.stride[0], (min(top + rows, height) - 1) * window.stride[0] + window.reach[0]
-            slab = part if rows == height else part[(..., slice(first, last), *tail[1:])]
+            slab = part if rows == height else _cut(part, part.ndim - 1 - window.axes, first, last)
             yield _rows(xp, slab, window, groups)
 
 
@@ -199,8 +215,8 @@ def _source(i: int, n: int, mode: PaddingMode) -> int:
     return abs(i) if i < n else 2 * (n - 1) - i
 
 
-def _cut(x: Array, axis: int, start: int, stop: int) -> Array:
-    return x[(slice(None),) * axis + (slice(start, stop), ...)]
+def _cut(x: Array, axis: int, start: int, stop: int, step: int = 1) -> Array:
+    return x[(slice(None),) * axis + (slice(start, stop, step), ...)]
 
 
 def _numpy_patches(xp: Namespace, x: numpy.ndarray, window: Window) -> numpy.ndarray:

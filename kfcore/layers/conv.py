@@ -237,13 +237,13 @@ class Conv:
 
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Patches as rows ``[..., *stack, n, columns]``; n = N S for expand, N (each the mean of its S patches) for reduce."""
-        inputs, window, offsets = cast(xp, inputs, dtype), self._window_of(inputs), math.prod(self.kernel)
+        window, offsets = self._window_of(inputs), math.prod(self.kernel)
         width = self.in_channels // self.groups
         if self.sharing == "expand":
-            rows = patch_rows(xp, inputs, window, self.groups)
+            rows = patch_rows(xp, cast(xp, inputs, dtype), window, self.groups)
             rows = xp.reshape(rows, (*rows.shape[:-1], offsets, width)).mT
         else:
-            rows = patch_means(xp, inputs, window)
+            rows = patch_means(xp, inputs, window, dtype)
             rows = xp.reshape(rows, (*rows.shape[:-1], self.groups, width))
             k = rows.ndim - 4
             rows = xp.permute_dims(rows, (*range(k), k + 2, k, k + 3, k + 1))

@@ -351,12 +351,13 @@ STREAMED = [
 @pytest.mark.parametrize("room", [1, 100, 700, 3000])
 @pytest.mark.parametrize(("layer", "shape"), STREAMED)
 def test_the_streamed_moment_is_that_of_the_rows(ref, rng, monkeypatch, layer, shape, room):
-    monkeypatch.setattr(patches, "room", lambda x, window: room)
+    monkeypatch.setattr(patches, "room", lambda x: room)
     inputs, _ = layer.capture(rng.normal(size=shape), None)
     pieces = []
     rows_of = patches._rows
     monkeypatch.setattr(patches, "_rows", lambda *args: pieces.append(rows_of(*args)) or pieces[-1])
     moment, count = layer.input_gram(np, inputs, np.float64)
+    means = replace(layer, sharing="reduce").input_rows(np, inputs, np.float64)
     sizes = [piece.size for piece in pieces]
     assert len(pieces) > (room == 1)
     least = sum(sizes) // len(inputs) // layer.window(inputs.shape[1:-1]).outputs(inputs.shape[1:-1])[0]
@@ -364,6 +365,7 @@ def test_the_streamed_moment_is_that_of_the_rows(ref, rng, monkeypatch, layer, s
     monkeypatch.setattr(patches, "_rows", rows_of)
     rows = layer.input_rows(np, inputs, np.float64)
     assert count == rows.shape[-2]
+    assert ref.distance(means, rows.reshape(*rows.shape[:-2], len(inputs), -1, rows.shape[-1]).mean(axis=-2)) < RTOL
     assert ref.distance(moment, np.swapaxes(rows, -1, -2) @ rows) < RTOL
     assert ref.distance(moment * 1.01, np.swapaxes(rows, -1, -2) @ rows) > 5e-3
 
@@ -395,6 +397,7 @@ def test_streaming_takes_little_memory(rng, monkeypatch):
             tracemalloc.stop()
 
     assert peak(lambda: layer.input_gram(np, inputs, np.float32)) < 2.0
+    assert peak(lambda: replace(layer, sharing="reduce").input_gram(np, inputs, np.float32)) < 2.0
     assert peak(lambda: layer.input_rows(np, inputs, np.float32)) > 9.0
 
 
