@@ -1,6 +1,9 @@
 """Descriptions of XLA's convolutions: rows rebuild what autodiff finds, for what ``lax`` and Flax can say about a convolution."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,3 +110,23 @@ def test_the_program_of_a_large_batch_is_small_and_takes_little_memory():
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 3 * x.size * 4
     whole = jax.jit(lambda x: layer.input_rows(jnp, x, jnp.float32).mT @ layer.input_rows(jnp, x, jnp.float32)).lower(x).compile()
     assert whole.memory_analysis().temp_size_in_bytes > 8 * x.size * 4
+
+
+def test_a_batch_on_several_devices_stays_where_it_is():
+    code = """
+import re, jax, jax.numpy as jnp, kfcore as kf
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kfcore_jax import kernels
+kernels.register()
+layer = kf.Conv(16, 8, (3, 3), padding=1, channels="last")
+sharding = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec("data"))
+x = jax.ShapeDtypeStruct((64, 32, 32, 16), jnp.float32, sharding=sharding)
+compiled = jax.jit(lambda x: layer.input_gram(jnp, x, jnp.float32)[0]).lower(x).compile()
+print(len(jax.devices()), sorted(set(re.findall(r"(all-[a-z]+|collective-[a-z]+)[a-z0-9.-]*[(]", compiled.as_text()))))
+"""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "4 ['all-reduce']"
