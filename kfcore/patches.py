@@ -65,9 +65,15 @@ class Window:
         return tuple((n - r) // s + 1 for n, r, s in zip(padded, self.reach, self.stride, strict=True))
 
 
-def prepared(xp: Namespace, x: Array, window: Window) -> Array:
-    """``x [..., *spatial, C]`` with the zeros between its positions and the padding around them that ``window`` asks for."""
-    for i in range(window.axes):
+ALL = slice(None)
+
+
+def prepared(xp: Namespace, x: Array, window: Window, axes: slice = ALL) -> Array:
+    """``x [..., *spatial, C]`` with the zeros between its positions and the padding around them that ``window`` asks for.
+
+    Along all its spatial axes or along some, for padding copies an array once for every axis.
+    """
+    for i in range(window.axes)[axes]:
         axis = x.ndim - 1 - window.axes + i
         if window.input_dilation and window.input_dilation[i] > 1:
             x = _spaced(xp, x, axis, window.input_dilation[i])
@@ -104,7 +110,7 @@ def patch_moments(xp: Namespace, x: Array, window: Window, groups: int, dtype: o
 
     ``x`` is ``[..., N, *spatial, C]`` and not yet prepared, ``c = C / groups``; sums are taken in ``dtype``.
     """
-    parts = (_moments(xp, rows) for rows in _pieces(xp, x, window, groups, dtype))
+    parts = _partial_moments(xp, x, window, groups, dtype)
     moment, first = next(parts)
     for more, mean in parts:
         moment, first = moment + more, first + mean
@@ -139,18 +145,18 @@ def _numbers(x: Array, window: Window) -> int:
     return math.prod((*leading, *window.outputs(spatial), *window.kernel, x.shape[-1]))
 
 
-def _pieces(xp: Namespace, x: Array, window: Window, groups: int, dtype: object) -> Iterator[Array]:
-    """The patches of all examples as rows ``[..., groups, n, K c]``, a piece at a time."""
+def _partial_moments(xp: Namespace, x: Array, window: Window, groups: int, dtype: object) -> Iterator[tuple[Array, Array]]:
+    """The sums of :func:`patch_moments` over some of the patches at a time, which are gone before the next are made."""
     space, step = room(x), at_once(x, window)
     height = window.outputs(x.shape[-1 - window.axes : -1])[0]
     # where the patches of a single example do not fit, it is cut into slabs along its first spatial axis
     rows = max(1, min(height, space * height // max(1, _numbers(x, window)))) if step == 1 else height
     for part in _examples(x, window, step):
-        part = prepared(xp, _contiguous(xp, cast(xp, part, dtype)), window)
+        part = prepared(xp, cast(xp, part, dtype), window, slice(1))
         for top in range(0, height, rows):
             first, last = top * window.stride[0], (min(top + rows, height) - 1) * window.stride[0] + window.reach[0]
             slab = part if rows == height else _cut(part, part.ndim - 1 - window.axes, first, last)
-            yield _rows(xp, slab, window, groups)
+            yield _moments(xp, _rows(xp, _contiguous(xp, prepared(xp, slab, window, slice(1, None))), window, groups))
 
 
 def _rows(xp: Namespace, x: Array, window: Window, groups: int) -> Array:
@@ -166,6 +172,7 @@ def _rows(xp: Namespace, x: Array, window: Window, groups: int) -> Array:
 
 
 def _moments(xp: Namespace, rows: Array) -> tuple[Array, Array]:
+    """Sums of ``p p^T`` and of ``p`` over the rows p."""
     return gram(xp, rows), xp.sum(rows, axis=-2)
 
 
