@@ -7,7 +7,7 @@ from kfcore.curvature import KFAC, Cost, Diagonal, Method, Needs
 from kfcore.damping import Damping
 
 # models: layers, and the losses as the Fisher matrix sees them
-from kfcore.layers import Bias, Linear
+from kfcore.layers import Bias, Conv, Linear
 from kfcore.losses import MSE, BCEWithLogits, CrossEntropy, CustomLoss, Loss, fisher_vectors
 from kfcore.model import Model
 
@@ -31,6 +31,7 @@ __all__ = [
     "Bias",
     "Block",
     "CheckpointError",
+    "Conv",
     "Cost",
     "CrossEntropy",
     "CustomLoss",

@@ -1,8 +1,8 @@
 """State <-> named arrays and a header: one safetensors file that every framework reads, written at once or not at all.
 
-Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]`` whatever the model's
-layout), and in the metadata one JSON text under ``"kfcore"`` with the format, the counters, and kind, shape and configuration of
-every block. Reading executes nothing.
+Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]``, those of convolutions as
+``[out, in, *kernel]``, whatever the model's layout), and in the metadata one JSON text under ``"kfcore"`` with the format, the counters,
+and kind, shape and configuration of every block. Reading executes nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def from_arrays(
             raise CheckpointError(f"array {name!r} must have a dtype like {kind}, got {value.dtype}")
         loaded[name] = from_numpy(value.astype(kind), target)
     blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
-    momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum})
+    momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum}, back=True)
     counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.steps) for k in COUNTERS]
     curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
     return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
@@ -178,13 +178,13 @@ def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
     return named | {f"momentum/{n}": x for n, x in _layouts(optimizer, state.step.momentum).items()}
 
 
-def _layouts(optimizer: ModelOptimizer, params: Mapping[str, Array]) -> dict[str, Array]:
-    """Weights turned from the model's layout to ``[out, in]`` or back (the map is its own inverse)."""
+def _layouts(optimizer: ModelOptimizer, params: Mapping[str, Array], *, back: bool = False) -> dict[str, Array]:
+    """Weights turned from the model's layout to ``[out, in]`` (a kernel's to ``[out, in, *kernel]``), or back."""
     turned = dict(params)
     for name, layer in optimizer.model.layers.items():
         weight = optimizer.model.roles(name).get("weight")
-        if weight in turned and getattr(layer, "layout", "oi") == "io":
-            turned[weight] = turned[weight].mT
+        if weight in turned:
+            turned[weight] = layer.from_oi(turned[weight]) if back else layer.to_oi(turned[weight])
     return turned
 
 

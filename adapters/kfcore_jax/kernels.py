@@ -1,4 +1,4 @@
-"""What JAX does its own way: ``if`` under a trace, and inverses by Cholesky. Each passes the tests of the reference."""
+"""What JAX does its own way: ``if`` under a trace, inverses by Cholesky, long sums by a scan. Each passes the tests of the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from kfcore import linalg, register_cond, register_kernel
+from kfcore import linalg, primitives, register_cond, register_kernel
+from kfcore.patches import Window, at_once
 from kfcore_jax import program
 
 WIDE = 400
@@ -133,10 +134,33 @@ def together(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """By a scan over the groups of examples that the reference goes through one by one, so that programs stay small.
+
+    A group takes every k-th example, not neighbours: where a batch is spread over devices, each of them has a part of every group.
+    """
+    axis = x.ndim - 2 - window.axes
+    examples = x.shape[axis]
+    parts = next(k for k in range(-(-examples // at_once(x, window)), examples + 1) if examples % k == 0) if examples else 1
+    whole = primitives()["patch_moments"]
+    if parts == 1:
+        return whole(xp, x, window, groups, dtype)
+    split = x.reshape(*x.shape[:axis], examples // parts, parts, *x.shape[axis + 1 :])
+
+    def part(i: Any) -> tuple[jax.Array, jax.Array]:
+        return whole(xp, lax.dynamic_index_in_dim(split, i, axis + 1, keepdims=False), window, groups, dtype)
+
+    def add(sums: Any, i: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, part(i)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, 0))
+    return lax.scan(add, zeros, jnp.arange(parts))[0]
+
+
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    for kernel in (gram, thin_product, invert):
+    for kernel in (gram, thin_product, invert, patch_moments):
         register_kernel(kernel.__name__, "jax", kernel)
     register_kernel("invert_all", "jax", together(invert))
     register_kernel("eigh_all", "jax", together(linalg.eigh))

@@ -50,6 +50,14 @@ class Tensor:
         """Not defined either."""
         raise TypeError("a parameter outside every layer has no output gradients; reduce its gradient instead")
 
+    def input_count(self, inputs: Array) -> int:
+        """Nor is this."""
+        raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
+
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+        """Nor this."""
+        raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(Method):

@@ -99,8 +99,9 @@ class KFAC(Method):
         rows = examples = 0.0
         if inputs is not None:
             xp = check_captured("inputs", inputs, state.average.weight)
-            a = layer.input_rows(xp, inputs, dtype)
-            rows, a = float(a.shape[-2]), Moment.of(xp, a, inputs)
+            count = layer.input_count(inputs)
+            rows, few = float(count), count <= layer.shape[1]
+            a = Moment.of(xp, layer.input_rows(xp, inputs, dtype), inputs) if few else Moment(layer.input_gram(xp, inputs, dtype))
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, state.average.weight)
             g = layer.output_rows(xp, output_grads, dtype)

@@ -10,12 +10,21 @@ import numpy as np
 
 from kfcore import _array, primitives
 from kfcore._array import namespace
+from kfcore.patches import Window
+from kfcore.testing import reference
 from kfcore.testing.backend import Backend, assert_close
 
 DTYPES = ("float64", "float32")
 TOLERANCE = {"float64": 1e-10, "float32": 2e-4}
 LEADING = ((), (3,), (2, 2))
 SAMPLE = (((), "float64"), ((2, 2), "float32"))
+
+WINDOWS = (
+    (Window((3,), (1,), (1,), ((0, 0),)), (5,)),
+    (Window((3, 2), (2, 3), (1, 2), ((0, 0), (0, 0))), (7, 9)),
+    (Window((2, 1, 2), (1, 2, 1), (2, 1, 1), ((0, 0), (0, 0), (0, 0))), (4, 3, 3)),
+)
+"""Windows over one, two and three axes, with sizes of an input; none is symmetric."""
 
 
 def implementations(name: str, library: str) -> dict[str, Callable[..., Any]]:
@@ -38,13 +47,14 @@ class PrimitiveTests:
 
     backend: Backend
 
-    def _cases(self, name: str) -> Iterator[tuple[str, Callable[..., Any], tuple[int, ...], str]]:
+    def _cases(self, name: str, *static: Any) -> Iterator[tuple[str, Callable[..., Any], tuple[int, ...], str]]:
+        """Implementations, leading axes and dtypes; ``static`` are further arguments that are no arrays."""
         every = tuple((leading, dtype) for leading in LEADING for dtype in DTYPES)
         for which, function in implementations(name, self.backend.library).items():
             for leading, dtype in SAMPLE if self.backend.thrifty else every:
 
                 def run(*args: Any, function: Callable[..., Any] = function) -> Any:
-                    return function(namespace(*args), *args)
+                    return function(namespace(*args), *args, *static)
 
                 yield f"{name} ({which}, leading {leading}, {dtype})", self.backend.wrap(run), leading, dtype
 
@@ -283,3 +293,46 @@ class PrimitiveTests:
             shifted = x - 2.0 * np.eye(4)
             values, _, _ = run(self.backend.put(shifted, dtype))
             self._compare(f"{what}: clipped values", values, np.maximum(np.linalg.eigvalsh(shifted), 0.0), dtype)
+
+    def test_patches(self) -> None:
+        """The positions under every offset of a kernel, in order; the input as it is, and as a view with its axes turned."""
+        rng = np.random.default_rng(12)
+        for window, spatial in WINDOWS:
+            for what, run, leading, dtype in self._cases("patches", window):
+                x = rng.normal(size=(*leading, *spatial, 4))
+                desired = reference.patches(x, window.kernel, window.stride, window.dilation)
+                self._compare(f"{what} of {window}", run(self.backend.put(x, dtype)), desired, dtype)
+            for which, function in implementations("patches", self.backend.library).items():
+                x = rng.normal(size=(2, 4, *spatial))
+
+                def turned(x: Any, function: Callable[..., Any] = function, window: Window = window) -> Any:
+                    xp = namespace(x)
+                    return function(xp, xp.permute_dims(x, (0, *range(2, x.ndim), 1)), window)
+
+                desired = reference.patches(np.moveaxis(x, 1, -1), window.kernel, window.stride, window.dilation)
+                result = self.backend.call(turned, self.backend.put(x))
+                self._compare(f"patches ({which}) of channels first, {window}", result, desired, "float64")
+
+    def test_patch_moments(self) -> None:
+        """Sums over all patches by group; of few examples at once, of a batch in several pieces, and of an example in slabs."""
+        rng = np.random.default_rng(13)
+        small = Window((3, 2), (2, 1), (1, 2), ((2, 1), (0, 1)))
+        large = Window((5, 5), (1, 1), (1, 1), ((2, 2), (2, 2)))
+        cases = [(small, (3, 5, 4, 6), 1), (small, (2, 3, 5, 4, 6), 3), (large, (3, 32, 32, 16), 1), (large, (1, 64, 64, 12), 2)]
+        for which, function in implementations("patch_moments", self.backend.library).items():
+            for window, shape, groups in cases:
+
+                def run(x: Any, function: Callable[..., Any] = function, window: Window = window, groups: int = groups) -> Any:
+                    xp = namespace(x)
+                    return function(xp, x, window, groups, xp.float64)
+
+                x = rng.normal(size=shape)
+                found = reference.patches(reference.padded(x, window.padding), window.kernel, window.stride, window.dilation)
+                # [..., N, outputs, K, C] as [..., groups, N outputs, K c]
+                rows = found.reshape(*shape[:-4], -1, found.shape[-2], groups, shape[-1] // groups)
+                rows = np.moveaxis(rows, -2, -4).reshape(*shape[:-4], groups, rows.shape[-4], -1)
+                moment, first = self.backend.call(run, self.backend.put(x, "float32"))
+                what = f"patch_moments ({which}) of {shape} in {groups} groups under {window}"
+                desired = np.swapaxes(rows, -1, -2) @ rows
+                assert_close(moment, desired, self.backend, 1e-6, f"{what}: second")
+                assert_close(first, rows.sum(axis=-2), self.backend, 1e-5, f"{what}: first")

@@ -25,6 +25,23 @@ def factors(inputs: Arr, output_grads: Arr, sharing: str = "expand", joint: bool
     return a, np.einsum("nsi,nsj->ij", output_grads, output_grads) / len(output_grads)
 
 
+def padded(x: Arr, pads: Any) -> Arr:
+    """``x [..., *spatial, channels]`` with ``(low, high)`` zeros around each spatial axis."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 1 - len(pads)) + list(pads) + [(0, 0)])
+
+
+def patches(x: Arr, kernel: Any, stride: Any, dilation: Any) -> Arr:
+    """Patches ``[..., *outputs, offsets, channels]`` of ``x [..., *spatial, channels]``, position by position."""
+    spatial = x.shape[-1 - len(kernel) : -1]
+    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(spatial, kernel, stride, dilation, strict=True)]
+    found = np.zeros((*x.shape[: -1 - len(kernel)], *outputs, int(np.prod(kernel)), x.shape[-1]))
+    for place in np.ndindex(*outputs):
+        for k, offset in enumerate(np.ndindex(*kernel)):
+            source = tuple(p * s + o * d for p, s, o, d in zip(place, stride, offset, dilation, strict=True))
+            found[(..., *place, k, slice(None))] = x[(..., *source, slice(None))]
+    return found
+
+
 def average(values: list[Arr], decay: float) -> Arr:
     """Exponentially weighted mean, written out: the latest weighs 1, the one before ``decay``, and so on."""
     weights = [decay**i for i in reversed(range(len(values)))]

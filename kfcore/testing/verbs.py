@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kfcore import KFAC, Damping, Diagonal, Linear, Method
+from kfcore import KFAC, Conv, Damping, Diagonal, Linear, Method
+from kfcore._array import namespace
 from kfcore.curvature.diagonal import Tensor
 from kfcore.layers import Bias, Layer
 from kfcore.testing import reference
@@ -14,6 +15,15 @@ from kfcore.testing.backend import Backend, assert_close
 
 TOLERANCE = {"float64": 1e-9, "float32": 5e-4}
 DECAY = 0.8
+CONVOLUTIONS: tuple[tuple[Conv, tuple[int, ...]], ...] = (
+    (Conv(2, 3, (3,), padding="same", padding_mode="circular", bias=None, layout="io", channels="last"), (5,)),
+    (Conv(4, 6, (3, 2), (2, 3), (2, 1), dilation=(1, 2), groups=2), (5, 6)),
+    (Conv(4, 6, (2, 3), 2, padding=1, groups=2, transposed=True, output_padding=(1, 0), layout="io"), (3, 4)),
+    (Conv(2, 2, (2, 2, 1), padding=((1, 0), (1, 1), (0, 0)), padding_mode="reflect", groups=2, sharing="reduce"), (3, 3, 2)),
+    (Conv(2, 3, (3, 3), padding=((1, -1), (2, 1)), input_dilation=(2, 1), channels="last"), (3, 4)),
+    (Conv(2, 3, (2,), 2, padding="same", padding_mode="replicate", sharing="reduce"), (5,)),
+)
+"""Convolutions with sizes of an input, which between them use every parameter."""
 
 
 def captures(rng: np.random.Generator, layer: Any, leading: tuple[int, ...] = (), batches: int = 2) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -123,6 +133,44 @@ class MethodTests:
         """Leading axes stand for layers of equal shape."""
         for kind in ("exact", "factored"):
             self._kfac(Linear(4, 3), Damping(0.3, kind), leading=(2,))
+
+    def test_kfac_convolution(self) -> None:
+        """Patches as rows, and one block for each group; expand, which streams the input factor, and reduce."""
+        rng = np.random.default_rng(15)
+        for sharing in ("expand", "reduce"):
+            layer = Conv(4, 6, (3, 2), (2, 3), (2, 1), dilation=(1, 2), groups=2, sharing=sharing)
+            batches, expected = [], []
+            for _ in range(2):
+                x, g = rng.normal(size=(5, 5, 6, 4)), rng.normal(size=(5, 8, 6))
+                rows = reference.patches(reference.padded(x, ((2, 2), (1, 1))), (3, 2), (2, 3), (1, 2))
+                # [N, outputs, K, groups, c] as [groups, N, outputs, c K], and [N, outputs, groups, o] as [groups, N, outputs, o]
+                rows = rows.reshape(5, 8, 6, 2, 2).transpose(3, 0, 1, 4, 2).reshape(2, 5, 8, 12)
+                batches.append((x, g))
+                expected.append(reference.factors(rows, g.reshape(5, 8, 2, 3).transpose(2, 0, 1, 3), sharing))
+            self._check(KFAC(damping=Damping(0.3), stats_decay=DECAY), layer, batches, expected, "float64", layer.stack)
+
+    def test_convolution_layer(self) -> None:
+        """What was captured and the parameters as matrices, and the parameters back, as with NumPy arrays."""
+        rng = np.random.default_rng(16)
+        for layer, spatial in CONVOLUTIONS:
+            x = rng.normal(size=(2, *spatial, layer.in_channels))
+            outputs = layer.window(spatial).outputs(spatial)
+            g = rng.normal(size=(2, *outputs, layer.out_channels))
+            if layer.channels == "first":
+                x, g = np.moveaxis(x, -1, 1), np.moveaxis(g, -1, 1)
+            params = {role: rng.normal(size=shape) for role, shape in layer.parameters.items()}
+
+            def run(x: Any, g: Any, params: Any, layer: Conv = layer) -> Any:
+                xp, captured = namespace(x), layer.capture(x, g)
+                matrices = layer.matrices(params)
+                gram = layer.input_gram(xp, captured[0], x.dtype)
+                rows = layer.input_rows(xp, captured[0], x.dtype), layer.output_rows(xp, captured[1], x.dtype)
+                return rows, gram, matrices, layer.parameters_of(matrices)
+
+            desired = run(np.ascontiguousarray(x), np.ascontiguousarray(g), params)
+            actual = self.backend.call(run, *self.backend.put((x, g, params)))
+            assert_close(actual, desired, self.backend, 1e-12, f"{layer}")
+            assert_close(actual[-1], params, self.backend, 0.0, f"{layer}: parameters back")
 
     def test_kfac_before_the_first_refresh(self) -> None:
         """The direction is the gradient."""

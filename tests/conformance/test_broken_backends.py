@@ -47,6 +47,22 @@ def narrow_sandwich(xp, left, x, right):
     return (left @ x @ right).astype(np.float32)
 
 
+def reversed_patches(xp, x, window):
+    return REFERENCE["patches"](xp, x, window)[..., ::-1, :]
+
+
+def patches_without_dilation(xp, x, window):
+    found = REFERENCE["patches"](xp, x, replace(window, dilation=(1,) * window.axes))
+    return found[
+        (..., *(slice(n) for n in REFERENCE["patches"](xp, x, window).shape[x.ndim - 1 - window.axes : -2]), slice(None), slice(None))
+    ]
+
+
+def moments_of_the_first_piece(xp, x, window, groups, dtype):
+    size = np.prod(x.shape[-2 - window.axes :]) > 20_000
+    return REFERENCE["patch_moments"](xp, x[(..., slice(1), *(slice(None),) * (window.axes + 1))] if size else x, window, groups, dtype)
+
+
 KERNELS = {
     transposed_vectors: ("eigh", ["test_eigh", "test_kfac_damping_kinds", "test_step_with_clip_and_coupled_decay"]),
     in_place_blend: ("blend", ["test_blend", "test_kfac_damping_kinds"]),
@@ -54,6 +70,9 @@ KERNELS = {
     inaccurate_invert: ("invert", ["test_invert", "test_kfac_damping_norms", "test_step_with_momentum_and_decoupled_decay"]),
     careless_invert: ("invert", ["test_invert_of_an_indefinite_matrix"]),
     unbatched_gram: ("gram", ["test_gram", "test_kfac_stacked_layers"]),
+    reversed_patches: ("patches", ["test_patches", "test_kfac_convolution"]),
+    patches_without_dilation: ("patches", ["test_patches", "test_kfac_convolution"]),
+    moments_of_the_first_piece: ("patch_moments", ["test_patch_moments"]),
     narrow_sandwich: ("sandwich", ["test_sandwich", "test_kfac_damping_kinds"]),
 }
 

@@ -149,3 +149,42 @@ def distance(x, y):
     assert x.shape == y.shape, (x.shape, y.shape)
     top = np.linalg.norm(y)
     return np.linalg.norm(x - y) / (top if top > 0 else 1.0)
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def convolve(x, w, b=None, *, stride, padding, dilation, groups=1, mode="zeros"):
+    """``y[n, o, p] = sum_{i, k} w[o, i, k] x[n, i, stride p + dilation k] + b[o]``, offset by offset; channels first, pairs of paddings."""
+    x = x[(..., *(slice(max(0, -low), n - max(0, -high)) for n, (low, high) in zip(x.shape[2:], padding, strict=True)))]
+    x = np.pad(x, [(0, 0), (0, 0), *((max(0, low), max(0, high)) for low, high in padding)], mode=PAD_MODES[mode])
+    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], w.shape[2:], stride, dilation, strict=True)]
+    y = np.zeros((len(x), groups, len(w) // groups, *outputs))
+    for k in np.ndindex(*w.shape[2:]):
+        cut = tuple(slice(o * d, o * d + (n - 1) * s + 1, s) for o, d, n, s in zip(k, dilation, outputs, stride, strict=True))
+        part = x[(slice(None), slice(None), *cut)].reshape(len(x), groups, -1, *outputs)
+        y += np.einsum("goi,ngi...->ngo...", w[(..., *k)].reshape(groups, len(w) // groups, -1), part)
+    y = y.reshape(len(x), len(w), *outputs)
+    return y if b is None else y + b.reshape(-1, *(1,) * len(outputs))
+
+
+def convolve_transposed(x, w, b=None, *, stride, padding, dilation, output_padding, groups=1):
+    """The adjoint of a convolution, every input position spread over the outputs: ``w [in, out / groups, *kernel]``, pairs of paddings."""
+    spatial, kernel = x.shape[2:], w.shape[2:]
+    full = [(n - 1) * s + d * (k - 1) + 1 + o for n, s, d, k, o in zip(spatial, stride, dilation, kernel, output_padding, strict=True)]
+    y = np.zeros((len(x), groups, w.shape[1], *full))
+    for place in np.ndindex(*spatial):
+        for k in np.ndindex(*kernel):
+            target = tuple(p * s + o * d for p, s, o, d in zip(place, stride, k, dilation, strict=True))
+            part = x[(..., *place)].reshape(len(x), groups, -1)
+            y[(..., *target)] += np.einsum("gio,ngi->ngo", w[(..., *k)].reshape(groups, -1, w.shape[1]), part)
+    y = y.reshape(len(x), groups * w.shape[1], *full)
+    y = y[(..., *(slice(low, n - high) for n, (low, high) in zip(full, padding, strict=True)))]
+    return y if b is None else y + b.reshape(-1, *(1,) * len(full))
+
+
+def derivative(function, size):
+    """Matrix ``[*outputs, size]`` of a linear function of a vector, column by column."""
+    return np.stack([function(unit) for unit in np.eye(size)], axis=-1)

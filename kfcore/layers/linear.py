@@ -1,54 +1,14 @@
-"""Layer geometry: how inputs, output gradients and weights of each layer kind become matrices.
-
-Conventions of the whole library, written once
-----------------------------------------------
-* Captured arrays are ``inputs [N, S, in]`` and ``output_grads [N, S, out]``: N examples, S shared positions (tokens, pixels,
-  uses of a tied weight; 1 where none). Verbs allow further leading axes that stack layers of equal shape.
-* ``output_grads`` are gradients of the *per-example* loss, not divided by N.
-* A weight is a matrix ``[out, in]``; a joint bias is its last column, and the inputs get a last feature that is 1.
-* Kronecker products are row-major: ``F ~= G (x) A``, ``(G (x) A) vec(X) = vec(G X A^T)``.
-* Scale: ``A`` is the mean over N and S of ``a a^T``; ``G`` the mean over N of the sum over S of ``g g^T`` (*expand*).
-  With *reduce*, inputs are averaged and output gradients summed over S first.
-
-Weight sharing follows Eschenhagen et al. 2023 (expand and reduce): expand is exact for deep linear networks whose loss keeps the
-positions (language models, segmentation), reduce where the network averages positions before the loss (pooling classifiers).
-"""
+"""Dense layers, and a bias alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-
-Sharing = Literal["expand", "reduce"]
-Parameters = Mapping[str, Array]
-"""The parameters of one layer by role: ``{"weight": ..., "bias": ...}``."""
-
-
-@runtime_checkable
-class Layer(Protocol):
-    """What the rest of the library asks of a layer kind. Implementations are frozen, hashable descriptions without arrays."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape ``(rows, columns)`` of the weight matrix, a joint bias included."""
-        ...
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Leading axes that hold independent layers of this shape."""
-        ...
-
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
-        """Rows ``[..., n, columns]`` whose second moment is the input factor, from ``inputs [..., N, S, in]``."""
-        ...
-
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
-        """Rows ``[..., n, rows]`` whose second moment is the output factor, from ``output_grads [..., N, S, out]``."""
-        ...
+from kfcore.layers.base import Layer, Parameters, Sharing, merge, positions
+from kfcore.linalg import gram
 
 
 @dataclass(frozen=True)
@@ -113,7 +73,7 @@ class Linear:
 
     def matrices(self, params: Parameters) -> dict[str, Array]:
         """The parameters (or their gradients) as one matrix a block."""
-        weight = params["weight"] if self.layout == "oi" else params["weight"].mT
+        weight = self.to_oi(params["weight"])
         if self.bias == "separate":
             return {".weight": weight, ".bias": params["bias"][..., :, None]}
         if self.bias is None:
@@ -128,7 +88,15 @@ class Linear:
             params = {"weight": matrices[""]}
         else:
             params = {"weight": matrices[""][..., :, :-1], "bias": matrices[""][..., :, -1]}
-        return params if self.layout == "oi" else params | {"weight": params["weight"].mT}
+        return params | {"weight": self.from_oi(params["weight"])}
+
+    def to_oi(self, weight: Array) -> Array:
+        """The user's weight as ``[..., out, in]``, the layout of files."""
+        return weight if self.layout == "oi" else weight.mT
+
+    def from_oi(self, weight: Array) -> Array:
+        """Inverse of :meth:`to_oi`."""
+        return weight if self.layout == "oi" else weight.mT
 
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded, ``inputs [N, ..., in]`` and ``output_grads [N, ..., out]``, to ``[N, S, features]``.
@@ -136,10 +104,10 @@ class Linear:
         All behind the axes of ``stack``, if there are any.
         """
         xp = namespace(inputs, output_grads)
-        flat = _positions(xp, "inputs", inputs, self.stack, self.in_features)
+        flat = positions(xp, "inputs", inputs, self.stack, self.in_features)
         if output_grads is None:
             return flat, None
-        grads = _positions(xp, "output_grads", output_grads, self.stack, self.out_features)
+        grads = positions(xp, "output_grads", output_grads, self.stack, self.out_features)
         if flat.shape[:-1] != grads.shape[:-1]:
             raise ValueError(
                 f"`inputs` and `output_grads` must agree in all axes but the last, got {tuple(inputs.shape)} and "
@@ -150,7 +118,7 @@ class Linear:
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Rows ``[..., n, in (+1)]``; n = N S for expand, N for reduce."""
         inputs = cast(xp, inputs, dtype)
-        rows = _merge(xp, inputs) if self.sharing == "expand" else xp.mean(inputs, axis=-2)
+        rows = merge(xp, inputs) if self.sharing == "expand" else xp.mean(inputs, axis=-2)
         if self.bias != "joint":
             return rows
         return append(xp, rows, 1.0)
@@ -158,7 +126,15 @@ class Linear:
     def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
         """Rows ``[..., n, out]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
-        return _merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)
+        return merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)
+
+    def input_count(self, inputs: Array) -> int:
+        """Rows of :meth:`input_rows`."""
+        return inputs.shape[-3] * (inputs.shape[-2] if self.sharing == "expand" else 1)
+
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+        """Second moment of the rows."""
+        return gram(xp, self.input_rows(xp, inputs, dtype))
 
 
 @dataclass(frozen=True)
@@ -167,10 +143,21 @@ class Bias:
 
     Its factor ``A`` is 1 and its factor ``G`` the second moment of the example's gradient ``sum_s g``, which is exact whatever
     the weight sharing.
+
+    Parameters
+    ----------
+    features
+        Width.
+    stack
+        As in :class:`Linear`.
+    axes
+        How many axes of positions the captured inputs have between the examples and the features: 1, or the spatial axes of a
+        convolution.
     """
 
     features: int
     stack: tuple[int, ...] = ()
+    axes: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,30 +166,17 @@ class Bias:
 
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Ones ``[..., N, 1]``."""
-        shape = (*inputs.shape[:-2], 1)
+        shape = (*inputs.shape[: -1 - self.axes], 1)
         return xp.ones(shape, dtype=dtype, device=device(inputs))
 
     def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
         """Sums over the positions, ``[..., N, features]``."""
         return xp.sum(cast(xp, output_grads, dtype), axis=-2)
 
+    def input_count(self, inputs: Array) -> int:
+        """Number of examples."""
+        return inputs.shape[-2 - self.axes]
 
-def check_layers(layers: Mapping[str, object]) -> None:
-    """Raise unless all of ``layers`` are descriptions of whole layers, with blocks."""
-    for name, layer in layers.items():
-        if isinstance(layer, type) or not hasattr(layer, "blocks"):
-            raise TypeError(f"`layers` must hold layer descriptions such as kfcore.Linear(784, 128), got {layer!r} for {name!r}")
-
-
-def _positions(xp: Namespace, name: str, x: Array, stack: tuple[int, ...], features: int) -> Array:
-    """``x [*stack, N, ..., features]`` as ``[*stack, N, S, features]``."""
-    lead = len(stack)
-    if x.ndim < lead + 2 or tuple(x.shape[:lead]) != stack or x.shape[-1] != features:
-        axes = "".join(f"{n}, " for n in stack)
-        raise ValueError(f"`{name}` must have shape [{axes}N, ..., {features}], got {tuple(x.shape)}")
-    return xp.reshape(x, (*x.shape[: lead + 1], math.prod(x.shape[lead + 1 : -1]), features))
-
-
-def _merge(xp: Namespace, x: Array) -> Array:
-    """``x [..., N, S, d]`` as rows ``[..., N S, d]``."""
-    return xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+        """Second moment of the rows."""
+        return gram(xp, self.input_rows(xp, inputs, dtype))
