@@ -14,7 +14,7 @@ from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
 from kfcore_torch.engine import Engine
-from kfcore_torch.layout import Sharing
+from kfcore_torch.sites import Sharing
 from kfcore_torch.shell import Shell
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -133,8 +133,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         names = engine.layout.names
         for group in self.param_groups:
             for p in group["params"]:
-                name = names.get(id(p))
-                if name is not None:
+                for name in names.get(id(p), ()):
                     rates[name], decays[name], dampings[name] = group["lr"], group["weight_decay"], group["damping"]
         self._write(engine.updates({"learning_rate": rates, "weight_decay": decays, "damping": dampings}, terms))
         engine.join(self._trained())
@@ -203,7 +202,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _write(self, updates: Mapping[str, Tensor]) -> None:
-        parameters = self.engine.layout.parameters
+        parameters = self.engine.layout.values()
         same = {name: u for name, u in updates.items() if u.dtype == parameters[name].dtype}
         if same:
             torch._foreach_add_([parameters[name] for name in same], list(same.values()))  # pyright: ignore[reportPrivateImportUsage]
