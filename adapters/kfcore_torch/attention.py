@@ -50,13 +50,15 @@ class Watch:
         self._wanted, self._seen = wanted, seen
         self._mode: _Mode | None = None
 
-    def before(self, module: nn.Module) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start watching."""
         if self._module() is module and self._mode is None and not torch.compiler.is_compiling() and self._wanted():
-            self._mode = _Mode(module, self._projections, self._seen)
+            query = args[0] if args else kwargs["query"]
+            examples = query.shape[0 if module.batch_first else 1] if query.ndim == 3 else 1
+            self._mode = _Mode(module, self._projections, self._seen, examples)
             self._mode.__enter__()
 
-    def after(self, module: nn.Module) -> None:
+    def after(self, module: nn.Module, *rest: Any) -> None:
         """Stop watching, also if the forward pass ended in an exception (activation checkpointing stops it so)."""
         if self._mode is not None and self._module() is module:
             self._mode.__exit__(None, None, None)
@@ -66,19 +68,19 @@ class Watch:
         """Hook the module; gives handles that have ``remove``."""
         module = self._module()
         assert module is not None
-        first = module.register_forward_pre_hook(_Hook(self.before))
+        first = module.register_forward_pre_hook(_Hook(self.before), with_kwargs=True)
         return [first, module.register_forward_hook(_Hook(self.after), always_call=True)]
 
 
 class _Hook:
     """A hook that serves one module; a copied or unpickled module carries an inert one."""
 
-    def __init__(self, call: Callable[[nn.Module], None] | None = None) -> None:
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
         self._call = call
 
-    def __call__(self, module: nn.Module, *rest: Any) -> None:
+    def __call__(self, *args: Any) -> None:
         if self._call is not None:
-            self._call(module)
+            self._call(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook()
@@ -90,27 +92,21 @@ class _Hook:
 class _Mode(TorchFunctionMode):
     """Sees the products with the weights of a module while its forward pass runs."""
 
-    def __init__(self, module: nn.Module, projections: Sequence[Projection], seen: Seen) -> None:
+    def __init__(self, module: nn.Module, projections: Sequence[Projection], seen: Seen, examples: int) -> None:
         super().__init__()
-        self._module, self._projections, self._seen = module, projections, seen
-        self._examples: int | None = None
+        self._module, self._projections, self._seen, self._examples = module, projections, seen, examples
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.multi_head_attention_forward and self._examples is None:
-            query = args[0]
-            self._examples = query.shape[1] if query.ndim == 3 else 1
-            try:
-                with self:
-                    return _unasked(func)(*args, **kwargs)
-            finally:
-                self._examples = None
+        if func is functional.multi_head_attention_forward:
+            with self:
+                return _unasked(func)(*args, **kwargs)
         output = func(*args, **kwargs)
-        if func is functional.linear and self._examples is not None and len(args) > 1 and isinstance(args[1], Tensor):
-            self._product(args[0], args[1], output, self._examples)
+        if func is functional.linear:
+            self._product(*args[:2], output)
         return output
 
-    def _product(self, inputs: Tensor, weight: Tensor, output: Tensor, examples: int) -> None:
+    def _product(self, inputs: Tensor, weight: Tensor, output: Tensor) -> None:
         """Report the layers whose rows are in ``weight``, which is one of the module's or a view of some of its rows."""
         for layer, attribute, rows in self._projections:
             held = operator.attrgetter(attribute)(self._module)
@@ -120,7 +116,8 @@ class _Mode(TorchFunctionMode):
             start, stop = (0, held.shape[0]) if rows is None else rows
             start, stop = start - first, stop - first
             if 0 <= start and stop <= weight.shape[0]:
-                self._seen(layer, _positions(inputs, examples), output, self._module.training, _Rows(examples, start, stop))
+                rows = _Rows(self._examples, start, stop)
+                self._seen(layer, _positions(inputs, self._examples), output, self._module.training, rows)
 
 
 class _Rows(NamedTuple):
@@ -146,4 +143,6 @@ def _base(x: Tensor) -> Tensor:
 def _unasked(function: Any) -> Any:
     """A function of :mod:`torch.nn.functional` that does not ask whether it is overridden."""
     space = vars(functional) | {"has_torch_function": lambda _: False}
-    return types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
+    found = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
+    found.__kwdefaults__ = function.__kwdefaults__
+    return found
