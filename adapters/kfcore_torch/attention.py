@@ -52,7 +52,7 @@ class Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start watching."""
-        if self._module() is module and self._mode is None and not torch.compiler.is_compiling() and self._wanted():
+        if self._module() is module and self._mode is None and self._wanted():
             query = args[0] if args else kwargs["query"]
             examples = query.shape[0 if module.batch_first else 1] if query.ndim == 3 else 1
             self._mode = _Mode(module, self._projections, self._seen, examples)
@@ -79,8 +79,14 @@ class _Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
+        # a compiler leaves the hook out of its program, and compiles what is between two of them under the mode, or leaves it out too
+        (self._outside if torch.compiler.is_compiling() else self._run)(*args)
+
+    def _run(self, *args: Any) -> None:
         if self._call is not None:
             self._call(*args)
+
+    _outside: Any = torch.compiler.disable(_run)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook()
@@ -102,8 +108,8 @@ class _Mode(TorchFunctionMode):
             with self:
                 return _unasked(func)(*args, **kwargs)
         output = func(*args, **kwargs)
-        if func is functional.linear:
-            self._product(*args[:2], output)
+        if func is functional.linear and len(args) > 1:
+            self._product(args[0], args[1], output)
         return output
 
     def _product(self, inputs: Tensor, weight: Tensor, output: Tensor) -> None:
@@ -115,7 +121,7 @@ class _Mode(TorchFunctionMode):
             first = (weight.storage_offset() - held.storage_offset()) // held.stride(0)
             start, stop = (0, held.shape[0]) if rows is None else rows
             start, stop = start - first, stop - first
-            if 0 <= start and stop <= weight.shape[0]:
+            if start >= 0 and stop <= weight.shape[0]:
                 rows = _Rows(self._examples, start, stop)
                 self._seen(layer, _positions(inputs, self._examples), output, self._module.training, rows)
 

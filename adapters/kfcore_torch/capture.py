@@ -71,8 +71,7 @@ class Capture:
         self._uses: list[Use] = []
         me: weakref.ref[Any] = weakref.ref(self)
         self._handles = [
-            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True)
-            for layer, module in calls
+            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True) for layer, module in calls
         ]
 
         def wanted() -> bool:

@@ -99,29 +99,21 @@ def layout(
     ValueError
         If ``trained`` has a tensor that is no parameter of ``module``, or ``module`` a parameter that has no shape yet.
     """
-    for name, p in module.named_parameters():
-        if isinstance(p, UninitializedParameter):
-            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(f"`model` has a parameter without a shape yet, {name!r} of a {kind}: run a forward pass before this")
-    ids, own = {id(p) for p in trained}, {id(p) for p in module.parameters()}
-    for p in trained:
-        if id(p) not in own:
-            raise ValueError(f"`params` must be parameters of `model`, got another tensor, of shape {tuple(p.shape)}")
-    parameters = {name: p for name, p in module.named_parameters() if id(p) in ids and p.requires_grad}
+    parameters = _trained(module, trained)
     holders = _holders(module)
+    tied: dict[Part, list[Site]] = {}
+    for site in sites_of(module):
+        tied.setdefault(site.weight, []).append(site)
     layers: dict[str, Any] = {}
     roles: dict[str, dict[str, str]] = {}
     sites: dict[str, list[Site]] = {}
     names: dict[Part, str] = {}
     reasons: dict[Part, str] = {}
-    tied: dict[Part, list[Site]] = {}
-    for site in sites_of(module):
-        tied.setdefault(site.weight, []).append(site)
     for weight, users in tied.items():
         first = users[0]
         kind = type(first.module).__name__
-        biases = {site.bias for site in users if site.bias is not None and site.bias.parameter in parameters}
-        names |= {bias_: _name(bias_, f"{first.name}.bias") for bias_ in biases} | {weight: _name(weight, f"{first.name}.weight")}
+        biases = dict.fromkeys(site.bias for site in users if site.bias is not None and site.bias.parameter in parameters)
+        names |= {weight: _name(weight, first, "weight")} | {each: _name(each, first, "bias") for each in biases}
         if weight.parameter not in parameters:
             reasons |= dict.fromkeys(biases, f"bias of a {kind} whose weight is not a trained parameter")
             continue
@@ -130,42 +122,68 @@ def layout(
             reasons[weight] = reason
             reasons |= dict.fromkeys(biases, f"bias of a {kind} without a layer: {reason}")
             continue
-        alone = first.bias is not None and all(site.bias == first.bias for site in users)
-        alone = alone and first.bias is not None and len(holders[first.bias.parameter]) == len(users)
-        joint = alone and first.bias in biases
-        if not joint:
+        own = _own_bias(users, holders)
+        parts = {"weight": weight} | ({"bias": own} if own in biases else {})
+        if own not in biases:
             reasons |= dict.fromkeys(biases, "bias of a layer that shares its weight with another bias, or itself shared")
         how = sharing if isinstance(sharing, str) else sharing.get(first.name, "expand")
-        layers[first.name] = layer = first.layer(bias if joint else None, how)
-        if weight.rows is not None:
-            reasons[weight] = f"{type(layer).__name__} in rows {weight.rows[0]}:{weight.rows[1]} of {weight.parameter}"
-        if alone and not joint:
-            reasons[weight] = f"{reasons.get(weight, type(layer).__name__)}; its bias is not trained"
-        parts = {"weight": weight} | ({"bias": first.bias} if joint and first.bias is not None else {})
+        layers[first.name] = layer = first.layer(bias if "bias" in parts else None, how)
         roles[first.name] = {role: names[part] for role, part in parts.items()}
         sites[first.name] = users
+        where = "" if weight.rows is None else f" in rows {weight.rows[0]}:{weight.rows[1]} of {weight.parameter}"
+        frozen = "; its bias is not trained" if own is not None and own not in biases else ""
+        if where or frozen:
+            reasons[weight] = type(layer).__name__ + where + frozen
     covered = {name for of_layer in roles.values() for name in of_layer.values()}
-    parts = {name: part for part, name in names.items() if name in covered}
-    split = {part.parameter for part in parts.values() if part.rows is not None}
-    whole = {part.parameter for part in parts.values()} - split
-    for part, name in names.items():
-        if part.parameter in split:
-            parts[name] = part
-    parts |= {name: Part(name) for name in parameters if name not in whole | split}
+    parts = _parts(parameters, names, covered)
     others = {name: tuple(part.of(parameters[part.parameter]).shape) for name, part in parts.items() if name not in covered}
+    # a part that no layer covers, nor another of its parameter, has become a whole
     found = {name if name in parts else part.parameter: reasons[part] for part, name in names.items() if part in reasons}
-    found = {name: reason for name, reason in found.items() if name in parts}
-    for owner, child in module.named_modules():
-        for role, p in child.named_parameters(recurse=False):
-            for name in others:
-                if parameters[parts[name].parameter] is p and name not in found:
-                    found[name] = f"{type(child).__name__} {owner}.{role} is not a supported layer" if owner else "a bare parameter"
+    for name in others.keys() - found.keys():
+        found[name] = _unsupported(module, parameters[parts[name].parameter])
     return Layout(Model(layers, others, roles), parameters, parts, sites, found)
 
 
-def _name(part: Part, name: str) -> str:
+def _trained(module: nn.Module, trained: Collection[Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters of ``module`` among ``trained`` that are not frozen, by name; checks both."""
+    for name, p in module.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(f"`model` has a parameter without a shape yet, {name!r} of a {kind}: run a forward pass before this")
+    ids, own = {id(p) for p in trained}, {id(p) for p in module.parameters()}
+    for p in trained:
+        if id(p) not in own:
+            raise ValueError(f"`params` must be parameters of `model`, got another tensor, of shape {tuple(p.shape)}")
+    return {name: p for name, p in module.named_parameters() if id(p) in ids and p.requires_grad}
+
+
+def _name(part: Part, site: Site, role: str) -> str:
     """What a part is called in the core."""
-    return part.parameter if part.rows is None else name
+    return part.parameter if part.rows is None else f"{site.name}.{role}"
+
+
+def _own_bias(users: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]]) -> Part | None:
+    """The bias that all sites of a weight have and nothing else does."""
+    bias = users[0].bias
+    if bias is None or any(site.bias != bias for site in users) or len(holders[bias.parameter]) != len(users):
+        return None
+    return bias
+
+
+def _parts(parameters: Mapping[str, nn.Parameter], names: Mapping[Part, str], covered: Collection[str]) -> dict[str, Part]:
+    """Where the parameters of the core are: whole ones, and all rows of those of which layers cover some rows; by name."""
+    split = {part.parameter for part, name in names.items() if part.rows is not None and name in covered}
+    parts = {name: Part(name) for name in parameters if name not in split}
+    return parts | {name: part for part, name in names.items() if part.parameter in split}
+
+
+def _unsupported(module: nn.Module, parameter: nn.Parameter) -> str:
+    """Why a parameter that is no weight of a site has no layer."""
+    for owner, child in module.named_modules():
+        for role, p in child.named_parameters(recurse=False):
+            if p is parameter:
+                return f"{type(child).__name__} {owner}.{role} is not a supported layer" if owner else "a bare parameter"
+    return "a bare parameter"
 
 
 def _holders(module: nn.Module) -> dict[str, list[nn.Module]]:

@@ -14,8 +14,8 @@ from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
 from kfcore_torch.engine import Engine
-from kfcore_torch.sites import Sharing
 from kfcore_torch.shell import Shell
+from kfcore_torch.sites import Sharing
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 

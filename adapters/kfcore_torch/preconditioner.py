@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kfcore import Loss, Method, StepSize
 from kfcore.stepsize import clip_scale, guarded
 from kfcore_torch.engine import Engine
-from kfcore_torch.sites import Sharing
 from kfcore_torch.shell import Shell
+from kfcore_torch.sites import Sharing
 
 
 class Preconditioner(Shell):

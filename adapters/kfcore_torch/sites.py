@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from kfcore import Conv, Linear
-from kfcore.layers import Layer
 
 Sharing = Literal["expand", "reduce"]
 BiasMode = Literal["joint", "separate"] | None
@@ -20,7 +19,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers in an attention module."""
 
 
-def layer_of(module: nn.Module, bias: BiasMode, sharing: Sharing, part: str = "") -> Any | str:
+def layer_of(module: nn.Module, bias: BiasMode, sharing: Sharing, part: str = "") -> Any:
     """The layer of the core that calls of ``module`` are uses of, or why there is none. The only place that knows which there are.
 
     A class counts, not its subclasses: these may do something else with the same attributes, or not be called as modules.
@@ -91,7 +90,7 @@ class Site:
     attribute: str = "weight"
     """Of the module, which holds the weight or, in a module with several layers, that of which it is some rows."""
 
-    def layer(self, bias: BiasMode, sharing: Sharing) -> Any | str:
+    def layer(self, bias: BiasMode, sharing: Sharing) -> Any:
         """See :func:`layer_of`."""
         return layer_of(self.module, bias, sharing, self.part)
 
@@ -129,7 +128,7 @@ def inner_modules(model: nn.Module) -> dict[int, nn.Module]:
     return {id(module.out_proj): module for module in model.modules() if type(module) is nn.MultiheadAttention}
 
 
-def as_used(layer: Any, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> tuple[Layer, Tensor, Tensor | None]:
+def as_used(layer: Any, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> tuple[Any, Tensor, Tensor | None]:
     """A layer in the geometry of one use, and what was captured of that use with an axis of examples.
 
     ``inputs`` and ``grads`` (of shape ``outputs``) may lack that axis. A transposed convolution that was called with ``output_size`` has

@@ -80,13 +80,14 @@ def rebuilt(model, backward, **options):
     """
     opt = Optimizer(model, kf.KFAC(), lr=0.0, **options)
     core, state, layout = opt.engine.core, opt.engine.state, opt.engine.layout
+    xp = kf._array.namespace(next(iter(layout.values().values())))
     sums, sizes, moments, reduce = {}, {}, {}, core.reduce
 
     def record(state, name, inputs, output_grads, used=None):
         found = reduce(state, name, inputs, output_grads, used=used)
         for suffix, layer in (used or core.model.layers[name]).blocks().items():
-            a = layer.input_rows(torch, inputs, inputs.dtype)
-            g, size = (layer.output_rows(torch, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
+            a = layer.input_rows(xp, inputs, inputs.dtype)
+            g, size = (layer.output_rows(xp, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
             sums[name + suffix] = sums.get(name + suffix, 0) + g.mT @ a
             sizes[name + suffix] = sizes.get(name + suffix, 0) + size.mT @ a.abs()
             moments[name + suffix] = moments.get(name + suffix, 0) + a.mT @ a
@@ -107,7 +108,6 @@ def rebuilt(model, backward, **options):
             # some gradients vanish, as that of the bias of the keys of attention: all terms of the sum cancel
             scale = max(abs(grads[name]).max(), 1e-3 * sizes[name].max())
             deviations[name] = float(abs(sums[name] - grads[name]).max() / scale)
-            # the first moment alone tells a wrong geometry of the streamed one
             assert gap(statistics[name].input_sum, moments[name]) < 1e-12
     assert state is opt.engine.state
     return deviations
@@ -128,8 +128,7 @@ def blocks_of_ggn(model, outputs, terms):
             rows.setdefault(name, []).append(matrix)
     found = {}
     for name, of_name in rows.items():
-        j = torch.stack(of_name)
-        j = j.flatten(-2) if name in core.model.others or j.ndim == 3 else j.transpose(0, 1).flatten(-2)
+        j = torch.stack(of_name).flatten(1)
         found[name] = (2.0 / terms * j.mT @ j).numpy()
     return found
 

@@ -52,11 +52,9 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_rows_rebuild_the_gradients(lib, axes, geometry, groups, mode, bias):
-    if axes == 3 and mode == "reflect" and "dilation" in GEOMETRIES[geometry]:
-        pytest.skip("the smallest axis is too small to be reflected at")
     module = conv(PLAIN[axes], bias=bias is not None, groups=groups, padding_mode=mode, **({"kernel": 3} | GEOMETRIES[geometry]))
     found = lib.rebuilt(module, backward(module, images(axes)), bias=bias or "joint")
-    assert sorted(found) == (["bias", "weight"] if bias == "separate" else [""]) or sorted(found) == [".bias", ".weight"]
+    assert sorted(found) == ([".bias", ".weight"] if bias == "separate" else [""])
     assert max(found.values()) < 1e-10
 
 
@@ -116,7 +114,8 @@ def test_channels_last_changes_nothing(lib):
         for step in range(3):
             torch.manual_seed(step)
             optimizer.zero_grad()
-            (backward(module, images().to(memory_format=order))(), optimizer.step())
+            backward(module, images().to(memory_format=order))()
+            optimizer.step()
         return lib.weights(module)
 
     assert lib.gap(run(torch.contiguous_format), run(torch.channels_last)) < 1e-12
@@ -328,11 +327,6 @@ def exact(model, x, **options):
     F.mse_loss(f, torch.zeros_like(f)).backward()
     optimizer.step()
     return optimizer
-
-
-def blocks(lib, optimizer):
-    """Dense blocks, those of groups one behind the other."""
-    return lib.dense(optimizer)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
