@@ -52,11 +52,15 @@ class Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start watching."""
-        if self._module() is module and self._mode is None and self._wanted():
-            query = args[0] if args else kwargs["query"]
-            examples = query.shape[0 if module.batch_first else 1] if query.ndim == 3 else 1
-            self._mode = _Mode(module, self._projections, self._seen, examples)
-            self._mode.__enter__()
+        query = args[0] if args else kwargs.get("query")
+        if self._module() is not module or not isinstance(query, Tensor) or not self._wanted():
+            return
+        examples = query.shape[0 if module.batch_first else 1] if query.ndim == 3 else 1
+        if self._mode is not None:  # an interrupt from the keyboard calls no hooks: it is still active
+            self._mode.examples = examples
+            return
+        self._mode = _Mode(module, self._projections, self._seen, examples)
+        self._mode.__enter__()
 
     def after(self, module: nn.Module, *rest: Any) -> None:
         """Stop watching, also if the forward pass ended in an exception (activation checkpointing stops it so)."""
@@ -100,7 +104,8 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, projections: Sequence[Projection], seen: Seen, examples: int) -> None:
         super().__init__()
-        self._module, self._projections, self._seen, self._examples = module, projections, seen, examples
+        self._module, self._projections, self._seen = module, projections, seen
+        self.examples = examples
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -122,8 +127,8 @@ class _Mode(TorchFunctionMode):
             start, stop = (0, held.shape[0]) if rows is None else rows
             start, stop = start - first, stop - first
             if start >= 0 and stop <= weight.shape[0]:
-                rows = _Rows(self._examples, start, stop)
-                self._seen(layer, _positions(inputs, self._examples), output, self._module.training, rows)
+                rows = _Rows(self.examples, start, stop)
+                self._seen(layer, _positions(inputs, self.examples), output, self._module.training, rows)
 
 
 class _Rows(NamedTuple):

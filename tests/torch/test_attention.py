@@ -111,6 +111,23 @@ def test_an_example_without_a_batch_axis_is_a_batch_of_one(lib, batch_first, mod
     assert max(found.values()) < 1e-10
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_examples_come_before_positions(lib, batch_first):
+    module = attention(batch_first=batch_first)
+    optimizer, inputs, found = lib.optimizer(module), INPUTS["cross"](), {}
+    reduce = optimizer.engine.core.reduce
+    optimizer.engine.core.reduce = lambda s, n, a, g, **more: (found.update({n: (a, g)}), reduce(s, n, a, g, **more))[1]
+    backward(module, inputs)
+    for name, x in zip(PROJECTIONS[:3], inputs, strict=True):
+        assert torch.equal(found[name][0], x)
+        assert found[name][1].shape == (*x.shape[:2], E)
+    assert found["out_proj"][0].shape == found["out_proj"][1].shape == (N, L, E)
+    with torch.no_grad():  # the first example alone makes the first row
+        q, k, v = (x[:1] if batch_first else x[:1].transpose(0, 1) for x in inputs)
+        out = module(q, k, v)[0].reshape(L, E)
+    assert lib.gap(found["out_proj"][0][0] @ module.out_proj.weight.detach().mT + module.out_proj.bias.detach(), out) < 1e-12
+
+
 def in_a_checkpoint(module, reentrant):
     def call(*inputs, **options):
         # the input has a gradient, as in the middle of a network, which the reentrant kind needs
@@ -241,6 +258,49 @@ def test_watching_changes_no_number(lib):
     optimizer.remove_hooks()
     assert not watched._forward_hooks
     assert not watched._forward_pre_hooks
+
+
+class Functional(nn.Module):
+    """Uses the weights of an attention module without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = attention(), nn.Linear(E, 3, **DOUBLE)
+
+    def forward(self, x):
+        a = self.attention
+        args = (x, x, x, E, 2, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, a.out_proj.weight, a.out_proj.bias)
+        return self.head(F.multi_head_attention_forward(*args)[0])
+
+
+@pytest.mark.filterwarnings("default:layer 'attention")
+def test_weights_used_without_a_call_fall_back_whole_with_a_warning(lib):
+    model = Functional()
+    optimizer, before = lib.optimizer(model), model.attention.in_proj_weight.detach().clone()
+    model(torch.randn(L, N, E, **DOUBLE)).square().mean().backward()
+    with pytest.warns(UserWarning, match="'attention.q_proj' has no statistics in this step: its weight is used, but"):
+        optimizer.step()
+    kinds = {row.parameter: row.kind for row in optimizer.report()}
+    assert kinds["attention.in_proj_weight"] == kinds["attention.out_proj.weight"] == "diagonal"
+    assert kinds["head.weight"] == "kfac"
+    assert not torch.equal(before, model.attention.in_proj_weight)
+
+
+def test_an_interrupted_call_does_not_spoil_the_next(lib):
+    module = attention(batch_first=True)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def backwards():
+        handle = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            module(*INPUTS["self"]())
+        handle.remove()
+        backward(module, [x[:2] for x in INPUTS["three"]()])
+
+    assert max(lib.rebuilt(module, backwards).values()) < 1e-10
+    assert torch.overrides._get_current_function_mode_stack() == []
 
 
 def test_copies_are_not_watched(lib):
