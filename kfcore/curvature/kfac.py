@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, scalar, truth
+from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.layers import Layer
 from kfcore.linalg import carried, damped, eigh_all, identity, invert_all, kron, sandwich, thin_product
@@ -168,7 +168,7 @@ class KFAC(Method):
         if rows is not None:
             (out, inp), n = layer.shape, rows.inputs.shape[-2]
             cheaper = n * (out * out + inp * inp + out * inp) < 0.75 * out * inp * (out + inp)
-            if cheaper and (rows.known or spans(xp, rows, grad) is True):
+            if cheaper and (rows.known or (readable(xp, grad) and spans(xp, rows, grad) is True)):
                 return thin_product(xp, rows.scale * (rows.output_grads @ left.mT), rows.inputs @ right)
         return sandwich(xp, left, grad, right)
 
