@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, truth
+from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.layers import Layer
 from kfcore.linalg import carried, damped, eigh_all, identity, invert_all, kron, sandwich, thin_product
@@ -168,7 +168,7 @@ class KFAC(Method):
         if rows is not None:
             (out, inp), n = layer.shape, rows.inputs.shape[-2]
             cheaper = n * (out * out + inp * inp + out * inp) < 0.75 * out * inp * (out + inp)
-            if cheaper and (rows.known or spans(xp, rows, grad) is True):
+            if cheaper and (rows.known or (readable(xp, grad) and spans(xp, rows, grad) is True)):
                 return thin_product(xp, rows.scale * (rows.output_grads @ left.mT), rows.inputs @ right)
         return sandwich(xp, left, grad, right)
 
@@ -187,7 +187,7 @@ class KFAC(Method):
         apply = 2.0 * out * inp * sum(sides) * (2 if exact else 1)
         return Cost(itemsize * numbers + 8, sum(2.0 * n * n for n in sides), sum((9.0 if exact else 1.0) * n**3 for n in sides), apply)
 
-    def _matrices(self, xp: Namespace, a: Array, g: Array | None, value: Array) -> list[Array]:
+    def _matrices(self, xp: Namespace, a: Array, g: Array | None, value: float | Array) -> list[Array]:
         """What is to be factorised: the factors, or the damped factors."""
         if self.rule.kind == "exact":
             return [a] if g is None else [a, g]
@@ -198,7 +198,7 @@ class KFAC(Method):
         damping_a, damping_g = damp.split(xp, self.rule, value, a, g)
         return [damped(xp, a, damping_a), damped(xp, g, damping_g)]
 
-    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Inverses, Array]:
+    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Inverses, Array]:
         (first, ok), (last, ok_last) = found[0], found[-1]
         if g is None:
             return Inverses(first, None), ok
@@ -212,10 +212,15 @@ class KFAC(Method):
         return self.rule.kind == "factored" and 1 in (a.shape[-1], g.shape[-1])
 
     @staticmethod
-    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Eigenbases, Array]:
+    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Eigenbases, Array]:
         values_a, basis_a, ok = found[0]
         if g is None:
-            return Eigenbases(basis_a, values_a, None, None, carried(xp, value, values_a[..., -1])), ok
+            return Eigenbases(basis_a, values_a, None, None, _carried(xp, value, values_a[..., -1])), ok
         values_g, basis_g, ok_g = found[1]
-        value = carried(xp, value, values_a[..., -1] * values_g[..., -1])
+        value = _carried(xp, value, values_a[..., -1] * values_g[..., -1])
         return Eigenbases(basis_a, values_a, basis_g, values_g, value), ok & ok_g
+
+
+def _carried(xp: Namespace, damping: float | Array, size: Array) -> Array:
+    """:func:`carried` as an array ``[...]``."""
+    return scalar(xp, carried(xp, damping, size, size.dtype), size)
