@@ -109,6 +109,7 @@ def layout(
     sites: dict[str, list[Site]] = {}
     names: dict[Part, str] = {}
     reasons: dict[Part, str] = {}
+    split: set[str] = set()
     for weight, users in tied.items():
         first = users[0]
         kind = type(first.module).__name__
@@ -117,12 +118,15 @@ def layout(
         if weight.parameter not in parameters:
             reasons |= dict.fromkeys(biases, f"bias of a {kind} whose weight is not a trained parameter")
             continue
-        reason = (excluded or {}).get(first.name) or _obstacle(users, holders[weight.parameter])
+        own = _own_bias(users, holders)
+        obstacle = _obstacle(users, holders[weight.parameter])
+        if not obstacle:
+            split |= {part.parameter for part in (weight, own) if part is not None and part.rows is not None}
+        reason = obstacle or (excluded or {}).get(first.name)
         if reason:
             reasons[weight] = reason
             reasons |= dict.fromkeys(biases, f"bias of a {kind} without a layer: {reason}")
             continue
-        own = _own_bias(users, holders)
         parts = {"weight": weight} | ({"bias": own} if own in biases else {})
         if own not in biases:
             reasons |= dict.fromkeys(biases, "bias of a layer that shares its weight with another bias, or itself shared")
@@ -135,9 +139,10 @@ def layout(
         if where or frozen:
             reasons[weight] = type(layer).__name__ + where + frozen
     covered = {name for of_layer in roles.values() for name in of_layer.values()}
-    parts = _parts(parameters, names, covered)
+    # what is excluded in the middle of a step, for it was not seen to be used, keeps its names
+    parts = {name: Part(name) for name in parameters if name not in split}
+    parts |= {name: part for part, name in names.items() if part.parameter in split and part.parameter in parameters}
     others = {name: tuple(part.of(parameters[part.parameter]).shape) for name, part in parts.items() if name not in covered}
-    # a part that no layer covers, nor another of its parameter, has become a whole
     found = {name if name in parts else part.parameter: reasons[part] for part, name in names.items() if part in reasons}
     for name in others.keys() - found.keys():
         found[name] = _unsupported(module, parameters[parts[name].parameter])
@@ -168,13 +173,6 @@ def _own_bias(users: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]])
     if bias is None or any(site.bias != bias for site in users) or len(holders[bias.parameter]) != len(users):
         return None
     return bias
-
-
-def _parts(parameters: Mapping[str, nn.Parameter], names: Mapping[Part, str], covered: Collection[str]) -> dict[str, Part]:
-    """Where the parameters of the core are: whole ones, and all rows of those of which layers cover some rows; by name."""
-    split = {part.parameter for part, name in names.items() if part.rows is not None and name in covered}
-    parts = {name: Part(name) for name in parameters if name not in split}
-    return parts | {name: part for part, name in names.items() if part.parameter in split}
 
 
 def _unsupported(module: nn.Module, parameter: nn.Parameter) -> str:

@@ -273,15 +273,16 @@ class Functional(nn.Module):
         return self.head(F.multi_head_attention_forward(*args)[0])
 
 
-@pytest.mark.filterwarnings("default:layer 'attention")
-def test_weights_used_without_a_call_fall_back_whole_with_a_warning(lib):
+@pytest.mark.filterwarnings("ignore:layer 'attention")
+def test_weights_used_without_a_call_fall_back_with_a_warning(lib):
     model = Functional()
     optimizer, before = lib.optimizer(model), model.attention.in_proj_weight.detach().clone()
     model(torch.randn(L, N, E, **DOUBLE)).square().mean().backward()
     with pytest.warns(UserWarning, match="'attention.q_proj' has no statistics in this step: its weight is used, but"):
         optimizer.step()
     kinds = {row.parameter: row.kind for row in optimizer.report()}
-    assert kinds["attention.in_proj_weight"] == kinds["attention.out_proj.weight"] == "diagonal"
+    assert kinds["attention.q_proj.weight"] == kinds["attention.out_proj.bias"] == "diagonal"
+    assert "was not called" in optimizer.report()["attention.v_proj.weight"].reason
     assert kinds["head.weight"] == "kfac"
     assert not torch.equal(before, model.attention.in_proj_weight)
 
