@@ -86,6 +86,8 @@ GEOMETRIES = {
         (3, 4),
     ),
     "transposed, padding wider than the kernel": (kf.Conv(2, 3, (2,), 3, 2, transposed=True, output_padding=1), (4,)),
+    "transposed, padding wider than the input": (kf.Conv(2, 3, (1,), 3, 2, transposed=True, output_padding=2), (2,)),
+    "transposed, nothing but output padding": (kf.Conv(2, 3, (1,), 3, ((2, 0),), transposed=True, output_padding=2), (1,)),
     "transposed, three axes": (kf.Conv(2, 2, (2, 1, 2), (1, 2, 2), (1, 0, 0), transposed=True), (2, 2, 3)),
 }
 
