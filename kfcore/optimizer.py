@@ -94,13 +94,19 @@ class ModelOptimizer:
             needs |= block.method.requires(block.layer)
         return needs
 
-    def reduce(self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None) -> dict[str, Any]:
-        """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``."""
+    def reduce(
+        self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None, *, use: Any = None
+    ) -> dict[str, Any]:
+        """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``.
+
+        ``use`` describes the layer as it was used there, if that is not how the model has it: with another stride or padding, say. Its
+        parameters and blocks must be the same.
+        """
         statistics = {}
-        for name in self.model.blocks(layer).values():
-            block = self.preconditioner.blocks[name]
-            old = state.curvature.blocks[name]
-            statistics[name] = block.method.reduce(block.layer, old, inputs, output_grads)
+        parts = (self.model.layers[layer] if use is None else use).blocks()
+        for suffix, name in self.model.blocks(layer).items():
+            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
+            statistics[name] = block.method.reduce(parts[suffix], old, inputs, output_grads)
         return statistics
 
     def update(
