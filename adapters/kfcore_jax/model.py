@@ -197,10 +197,11 @@ class Model:
         """
         _, grads, records = jax.jit(self.capture)(params, *args)
         expected = [np.asarray(x, np.float64) for x in leaves_of(grads).values()]
+        found = self._found(_Tapped(self.function, params, args, self.has_aux), self.layout.sites)
         deviations = {}
-        for name, uses in self.layout.sites.items():
-            if name not in self.layout.regularised:
-                deviations[name] = max(_deviations(uses, records.layers[name], expected))
+        for name in self.layout.sites:
+            if name not in found.regularised:
+                deviations[name] = max(_deviations(found.sites[name], records.layers[name], expected))
         wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
         if wrong:
             raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import kfcore_jax
-from kfcore import Linear
+from kfcore import Conv, Linear
 
 N = 8
 oi, io = partial(Linear, layout="oi"), partial(Linear, layout="io")
@@ -58,7 +58,7 @@ def close(trees, others, rtol):
 def rebuilt(model, records, name):
     """Gradients of weight and bias that the records of a layer add up to, in the layout of the layer."""
     layer, pairs = model.layers[name], [tuple(np.asarray(v, np.float64) for v in pair) for pair in records.layers[name]]
-    if isinstance(layer, kf.Conv):
+    if isinstance(layer, Conv):
         sides = [(layer.output_rows(np, dy, np.float64), layer.input_rows(np, x, np.float64)) for x, dy in pairs]
         return layer.parameters_of({"": sum(np.swapaxes(g, -1, -2) @ a for g, a in sides)})
     weight = sum(np.einsum("...nsi,...nsj->...ij", *(pair if layer.layout == "io" else pair[::-1])) for pair in pairs)
@@ -210,7 +210,7 @@ def test_linen_convolution(linen):
     net, images = Net(), normal(3, N, 6, 6, 2)
     params = double(net.init(jax.random.key(0), images)["params"])
     model = capture(lambda p, x, y: mse(net.apply({"params": p}, x), y), params, images, data()[1])
-    conv = kf.Conv(2, 5, (3, 3), padding=1, layout="io", channels="last")
+    conv = Conv(2, 5, (3, 3), padding=1, layout="io", channels="last")
     assert model.layers == {"conv": conv, "head": io(180, 3)}
 
 

@@ -1,7 +1,5 @@
 """However a convolution is written, its inputs and output gradients are captured channels last, and rebuild the gradient of its kernel."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,40 +16,24 @@ def scalar(z):
     return jnp.mean(jnp.sin(z + jnp.arange(z.size).reshape(z.shape)))
 
 
-def patches(x, use):
-    """What every place of the output sees of ``x [N, *spatial, in]``, one kernel offset after the other: ``[*kernel, N, *spatial, in]``."""
-    for axis, (dilation, (low, high)) in enumerate(zip(use.input_dilation, use.padding, strict=True), 1):
-        spread = np.zeros((*x.shape[:axis], (x.shape[axis] - 1) * dilation + 1, *x.shape[axis + 1 :]))
-        np.moveaxis(spread, axis, 0)[::dilation] = np.moveaxis(x, axis, 0)
-        width = [(0, 0)] * x.ndim
-        width[axis] = (max(low, 0), max(high, 0))
-        x = np.moveaxis(np.pad(spread, width), axis, 0)
-        x = np.moveaxis(x[max(-low, 0) : len(x) - max(-high, 0)], 0, axis)
-    sizes = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[1:-1], use.kernel, use.kernel_dilation, use.strides, strict=True)]
-    seen = np.empty((*use.kernel, len(x), *sizes, x.shape[-1]))
-    for offset in itertools.product(*map(range, use.kernel)):
-        starts = [o * d for o, d in zip(offset, use.kernel_dilation, strict=True)]
-        cut = [slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, use.strides, strict=True)]
-        seen[offset] = x[(slice(None), *cut)]
-    return seen
-
-
-def by_hand(use, inputs, grads):
+def by_hand(lib, use, inputs, grads):
     """The gradient of a kernel ``[*kernel, in / groups, out]`` from patches, without any convolution."""
-    seen, grads = patches(np.asarray(inputs), use), np.asarray(grads)
+    seen, grads = lib.patches(np.asarray(inputs), use), np.asarray(grads)
     seen = seen.reshape(-1, seen[(0,) * len(use.kernel)].size // use.ins, use.groups, use.ins // use.groups)
     grads = grads.reshape(-1, use.groups, use.outs // use.groups)
     return np.einsum("kngi,ngo->kigo", seen, grads).reshape(*use.kernel, use.ins // use.groups, use.outs)
 
 
 def one(lib, loss, params, *args, name="conv", biased=True):
-    """The use and the arrays of the only convolution, whose kernel gradient is rebuilt by hand once more."""
+    """The use and the arrays of the only convolution, whose kernel gradient and factors are made by hand once more."""
     model, records = lib.captured(loss, params, *args)
     (use,), ((inputs, grads),) = model.layout.sites[name], records.layers[name]
     assert (use.site.bias is not None) == biased
     leaf = jax.tree.leaves(jax.grad(loss)(params, *args))[use.site.leaf]
     expected = kfcore_jax.views.apply(use.weight, np.asarray(leaf))
-    assert np.abs(by_hand(use, inputs, grads) - expected).max() <= 1e-9 * np.abs(expected).max()
+    assert np.abs(by_hand(lib, use, inputs, grads) - expected).max() <= 1e-9 * np.abs(expected).max()
+    assert ("bias" in model.layers[name].parameters) == biased
+    lib.check_factors(model.layers[name], use, inputs, grads)
     return use, inputs, grads
 
 
