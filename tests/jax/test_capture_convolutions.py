@@ -34,6 +34,8 @@ def one(lib, loss, params, *args, name="conv", biased=True):
     assert np.abs(by_hand(lib, use, inputs, grads) - expected).max() <= 1e-9 * np.abs(expected).max()
     assert ("bias" in model.layers[name].parameters) == biased
     lib.check_factors(model.layers[name], use, inputs, grads)
+    if biased or len(jax.tree.leaves(params)) == 1:
+        assert set(kfcore_jax.trace(loss, params, *args, strict=True).layers) == {name}
     return use, inputs, grads
 
 
