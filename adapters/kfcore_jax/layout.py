@@ -102,7 +102,7 @@ def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: 
 def _convolution(use: Convolution, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Conv | str:
     if len(use.kernel) not in (1, 2, 3):
         return f"convolution over {len(use.kernel)} axes: captured, but curvature blocks are for one to three"
-    if 0 in (*use.site.weight, *use.site.output):
+    if 0 in (*use.site.weight, *(use.site.output[axis] for axis in use.numbers.out_spec[2:])):
         return "convolution that has no output"
     return Conv(
         use.ins,

@@ -195,6 +195,13 @@ def test_records_of_two_sizes_are_two_batches(lib):
     assert close(g, (sides[0][2] + sides[1][2]) * records.terms, 1e-12)
 
 
+def test_a_batch_of_no_examples_is_no_other_layer(lib):
+    params, x = {"conv": lib.normal(1, 3, 3, 2, 4)}, lib.normal(0, N, 6, 6, 2)
+    model = kfcore_jax.trace(lambda p, x: jnp.sum(jnp.sin(convolved(x, p["conv"], stride=2))), params, x)
+    ((inputs, grads),) = model.value_grad_and_records(params, x[:0])[2].layers["conv"]
+    assert (inputs.shape, grads.shape) == ((0, 6, 6, 2), (0, 9, 4))
+
+
 def test_records_of_other_parameters_are_refused(lib):
     params, x = strided_params(lib), lib.normal(0, N, 6, 6, 2)
     model = kfcore_jax.trace(strided, params, x)
