@@ -211,9 +211,33 @@ def append(xp: Namespace, x: Array, column: float | Array) -> Array:
     return xp.concat([x, last[..., :, None]], axis=-1)
 
 
+# numbers that are the host's (see `number`) or 0-d and stacked arrays
+
+
 def finite(xp: Namespace, value: float | Array) -> bool | Array:
-    """Whether a number that may be the host's is finite."""
+    """Whether a number is finite."""
     return math.isfinite(value) if isinstance(value, float) else xp.isfinite(value)
+
+
+def root(xp: Namespace, value: float | Array) -> float | Array:
+    """Square root of a number that is not negative."""
+    return math.sqrt(value) if isinstance(value, float) else xp.sqrt(value)
+
+
+def larger(xp: Namespace, value: float | Array, other: float | Array) -> float | Array:
+    """The larger of two numbers."""
+    if isinstance(value, float) and isinstance(other, float):
+        return max(value, other)
+    like = other if isinstance(value, float) else value
+    return xp.maximum(scalar(xp, value, like), scalar(xp, other, like))
+
+
+def choose(xp: Namespace, flag: bool | Array, value: float | Array, other: float | Array) -> float | Array:
+    """``value`` where ``flag``, else ``other``."""
+    if isinstance(flag, bool | numpy.bool_):
+        return value if flag else other
+    like = other if isinstance(value, float) else value
+    return xp.where(flag, scalar(xp, value, like), scalar(xp, other, like))
 
 
 def _numpy_number(xp: Namespace, value: Array) -> float | Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kfcore import factors
-from kfcore._array import Array, Namespace, Schedule, scalar
+from kfcore._array import Array, Namespace, Schedule, choose, number, root, scalar
 from kfcore.factors import Form, Forms
 
 Kind = Literal["exact", "factored", "plain"]
@@ -64,36 +64,37 @@ class Damping:
 
 def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
     """Raise unless ``value`` is a finite number that is positive (or zero, where allowed)."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}")
     if value < 0 or (value == 0 and not zero):
         raise ValueError(f"`{name}` must be {'zero or more' if zero else 'positive'}, got {value!r}")
 
 
-def strength(xp: Namespace, rule: Damping, value: float | Array, forms: Forms, a: Array, g: Array | None) -> Array:
-    """``lambda`` of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]``; ``forms`` are those of ``g`` and of ``a``."""
-    value = scalar(xp, value, a) + xp.zeros_like(factors.first(forms[1], a))
+def strength(xp: Namespace, rule: Damping, value: float | Array, forms: Forms, a: Array, g: Array | None) -> float | Array:
+    """``lambda`` of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]`` or one number for all.
+
+    ``forms`` are those of ``g`` and of ``a``, in this order.
+    """
+    value = float(value) if isinstance(value, numbers.Real) else scalar(xp, value, a)
     if not rule.relative:
         return value
-    unit = factors.mean(xp, forms[1], a)
+    unit = number(xp, factors.mean(xp, forms[1], a))
     if g is not None:
-        unit = unit * factors.mean(xp, forms[0], g)
+        unit = unit * number(xp, factors.mean(xp, forms[0], g))
     # a block that has seen only zeros has no scale of its own: there lambda is absolute
-    return xp.where(unit > 0, value * unit, value)
+    return choose(xp, unit > 0, value * unit, value)
 
 
-def split(xp: Namespace, rule: Damping, damping: Array, forms: Forms, a: Array, g: Array) -> tuple[Array, Array]:
-    """What the factored and the plain kind add to the diagonals of ``a`` and ``g``, each ``[...]``."""
+def split(xp: Namespace, rule: Damping, damping: float | Array, forms: Forms, a: Array, g: Array) -> tuple[float | Array, float | Array]:
+    """What the factored and the plain kind add to the diagonals of ``a`` and ``g``, each ``[...]`` or one number for all."""
     if rule.kind == "plain":
         return damping, damping
-    size_a, size_g = size(xp, forms[1], a, rule.norm), size(xp, forms[0], g, rule.norm)
+    size_a, size_g = number(xp, size(xp, forms[1], a, rule.norm)), number(xp, size(xp, forms[0], g, rule.norm))
     usable = (size_a > 0) & (size_g > 0)
-    one = xp.ones_like(size_a)
     # roots first: the quotient of the sizes themselves can leave the range of float32
-    pi = xp.sqrt(xp.where(usable, size_a, one)) / xp.sqrt(xp.where(usable, size_g, one))
-    root = xp.sqrt(damping)
-    return pi * root, root / pi
+    pi = root(xp, choose(xp, usable, size_a, 1.0)) / root(xp, choose(xp, usable, size_g, 1.0))
+    strong = root(xp, damping)
+    return pi * strong, strong / pi
 
 
 def size(xp: Namespace, form: Form, x: Array, norm: Norm) -> Array:

@@ -7,7 +7,7 @@ never made a matrix (the counts of 50 000 tokens are 50 000 numbers). What depen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from kfcore import linalg
 from kfcore._array import Array, Namespace, device
@@ -43,7 +43,7 @@ def first(form: Form, x: Array) -> Array:
 
 def times(form: Form, x: Array, number: Array) -> Array:
     """The factor times ``number [...]``."""
-    return x * (number[..., None] if form == "diagonal" else number[..., None, None])
+    return x * _spread(form, number)
 
 
 def trace(xp: Namespace, form: Form, x: Array) -> Array:
@@ -61,7 +61,7 @@ def frobenius(xp: Namespace, form: Form, x: Array) -> Array:
     # scaled by the trace, which bounds every entry, so that squares neither overflow nor vanish
     total = trace(xp, form, x)
     unit = xp.where(total > 0, total, xp.ones_like(total))
-    return total * xp.sqrt(xp.sum(times(form, x, 1.0 / unit) ** 2, axis=-1 if form == "diagonal" else (-2, -1)))
+    return total * xp.sqrt(xp.sum((x / _spread(form, unit)) ** 2, axis=-1 if form == "diagonal" else (-2, -1)))
 
 
 def eigenvalues(xp: Namespace, form: Form, x: Array) -> Array:
@@ -72,14 +72,15 @@ def eigenvalues(xp: Namespace, form: Form, x: Array) -> Array:
     return xp.where(values > FLOOR * xp.finfo(x.dtype).eps * values[..., -1:], values, xp.zeros_like(values))
 
 
-def damped(xp: Namespace, form: Form, x: Array, damping: Array) -> Array:
-    """``x + damping I`` for ``damping [...]``, raised to what the dtype can carry.
+def damped(xp: Namespace, form: Form, x: Array, damping: float | Array) -> Array:
+    """``x + damping I`` for ``damping [...]`` or one number for all, raised to what the dtype can carry.
 
     That of a matrix is raised as :func:`kfcore.linalg.damped` says. The entries of a diagonal are inverted one by one, and each is as
     accurate as it came, so that there any positive number will do.
     """
     if form == "diagonal":
-        return x + linalg.carried(xp, damping, xp.zeros_like(damping))[..., None]
+        least: Any = linalg.carried(xp, damping, 0.0, x.dtype)
+        return x + (least if isinstance(least, float) else least[..., None])
     return linalg.damped(xp, x, damping)
 
 
@@ -107,6 +108,11 @@ def sandwich(xp: Namespace, forms: Forms, left: Array | None, x: Array, right: A
     if left is not None:
         x = left[..., :, None] * x if forms[0] == "diagonal" else left @ x
     return x
+
+
+def _spread(form: Form, number: Array) -> Array:
+    """``number [...]`` beside the entries of a factor."""
+    return number[..., None] if form == "diagonal" else number[..., None, None]
 
 
 def _reciprocals(xp: Namespace, x: Array) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from kfcore._array import Array, Namespace, cast, device, number, primitive, register_kernel
+from kfcore._array import Array, Namespace, cast, device, larger, number, primitive, register_kernel
 
 FLOOR = 10.0
 """Least damping of a factor, in machine epsilons times its trace: below it the damped factor is not definite in practice."""
@@ -37,19 +37,19 @@ def identity(xp: Namespace, like: Array, n: int, leading: tuple[int, ...] = ()) 
     return xp.broadcast_to(eye, (*leading, n, n)) + xp.zeros_like(eye) if leading else eye
 
 
-def carried(xp: Namespace, damping: Array, size: Array) -> Array:
-    """``damping`` raised to what the dtype can carry beside eigenvalues of ``size``, all ``[...]``."""
-    info = xp.finfo(size.dtype)
-    return xp.maximum(damping, FLOOR * info.eps * size + info.smallest_normal)
+def carried(xp: Namespace, damping: float | Array, size: float | Array, dtype: Any) -> float | Array:
+    """``damping`` raised to what ``dtype`` can carry beside eigenvalues of ``size``, all ``[...]`` or numbers of the host."""
+    info = xp.finfo(dtype)
+    return larger(xp, damping, FLOOR * float(info.eps) * size + float(info.smallest_normal))
 
 
-def damped(xp: Namespace, x: Array, damping: Array) -> Array:
+def damped(xp: Namespace, x: Array, damping: float | Array) -> Array:
     """``x + damping I`` for ``x [..., n, n]`` and ``damping [...]``, the damping raised to what the dtype can carry.
 
     The floor is ``10 eps tr(x)``: in exact arithmetic any positive damping makes a semi-definite factor definite, in
     floating point only one above its rounding errors does.
     """
-    return shift(xp, x, carried(xp, damping, trace(xp, x)))
+    return shift(xp, x, carried(xp, damping, number(xp, trace(xp, x)), x.dtype))
 
 
 @primitive
@@ -103,9 +103,10 @@ def scale_all(xp: Namespace, arrays: list[Array], factors: list[Any]) -> list[Ar
 
 
 @primitive
-def shift(xp: Namespace, x: Array, value: Array) -> Array:
-    """``x + value I`` for ``x [..., n, n]`` and ``value [...]``."""
-    return x + value[..., None, None] * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+def shift(xp: Namespace, x: Array, value: float | Array) -> Array:
+    """``x + value I`` for ``x [..., n, n]`` and ``value [...]``, or one number for all."""
+    each: Any = value
+    return x + (each if isinstance(each, float) else each[..., None, None]) * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
 
 
 @primitive

@@ -79,8 +79,13 @@ def scale_all(xp: Any, arrays: list[Tensor], factors: list[Any]) -> list[Tensor]
     return [factor * x for x, factor in zip(arrays, factors, strict=True)]
 
 
-def shift(xp: Any, x: Tensor, value: Tensor) -> Tensor:
+def shift(xp: Any, x: Tensor, value: float | Tensor) -> Tensor:
     """Only the diagonal is added to: no identity is made, and no product of it."""
+    if isinstance(value, float):
+        shifted = x.clone(memory_format=torch.contiguous_format)
+        shifted.diagonal(dim1=-2, dim2=-1).add_(value)
+        return shifted
+    assert isinstance(value, Tensor)
     return torch.diagonal_scatter(x, x.diagonal(dim1=-2, dim2=-1) + value[..., None], dim1=-2, dim2=-1)
 
 

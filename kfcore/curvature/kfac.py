@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
 from kfcore import factors
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, truth
+from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, scalar, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.factors import MATRICES, Form, Forms, sandwich
 from kfcore.layers import Layer
@@ -205,7 +205,7 @@ class KFAC(Method):
         apply = 2.0 * out * inp * sum(matrices) * (2 if exact else 1) + out * inp * (0 if exact else len(vectors))
         return Cost(itemsize * numbers + 8, reduce, refresh, apply)
 
-    def _dampable(self, xp: Namespace, forms: Forms, a: Array, g: Array | None, value: Array) -> list[tuple[Form, Array]]:
+    def _dampable(self, xp: Namespace, forms: Forms, a: Array, g: Array | None, value: float | Array) -> list[tuple[Form, Array]]:
         """What is to be factorised, each with its form: the factors, or the damped factors."""
         output, inp = forms
         if self.rule.kind == "exact":
@@ -219,7 +219,7 @@ class KFAC(Method):
         damping_a, damping_g = damp.split(xp, self.rule, value, forms, a, g)
         return [(inp, factors.damped(xp, inp, a, damping_a)), (output, factors.damped(xp, output, g, damping_g))]
 
-    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Inverses, Array]:
+    def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Inverses, Array]:
         (first, ok), (last, ok_last) = found[0], found[-1]
         if g is None:
             return Inverses(first, None), ok
@@ -233,14 +233,19 @@ class KFAC(Method):
         return self.rule.kind == "factored" and 1 in (a.shape[-1], g.shape[-1])
 
     @staticmethod
-    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: Array, found: list[Any]) -> tuple[Eigenbases, Array]:
+    def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Eigenbases, Array]:
         values_a, basis_a, ok = found[0]
         top = xp.max(values_a, axis=-1)
         if g is None:
-            return Eigenbases(basis_a, values_a, None, None, carried(xp, value, top)), ok
+            return Eigenbases(basis_a, values_a, None, None, _carried(xp, value, top)), ok
         values_g, basis_g, ok_g = found[1]
-        value = carried(xp, value, top * xp.max(values_g, axis=-1))
+        value = _carried(xp, value, top * xp.max(values_g, axis=-1))
         return Eigenbases(basis_a, values_a, basis_g, values_g, value), ok & ok_g
+
+
+def _carried(xp: Namespace, damping: float | Array, size: Array) -> Array:
+    """:func:`carried` as an array ``[...]``."""
+    return scalar(xp, carried(xp, damping, size, size.dtype), size)
 
 
 def _transposed(basis: Array | None) -> Array | None:

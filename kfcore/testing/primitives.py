@@ -187,6 +187,10 @@ class PrimitiveTests:
             x, value = rng.normal(size=(*leading, 3, 3)), rng.uniform(0.5, 1.0, size=leading)
             args = self.backend.put((x, np.asarray(value)), dtype)
             self._compare(what, run(*args), x + np.multiply.outer(value, np.eye(3)), dtype)
+        x = rng.normal(size=(2, 3, 3))
+        for which, function in implementations("shift", self.backend.library).items():
+            result = self.backend.call(lambda x, function=function: function(namespace(x), x, 0.25), self.backend.put(x))
+            self._compare(f"shift ({which}) by one number", result, x + 0.25 * np.eye(3), "float64")
 
     def test_blend(self) -> None:
         """A weighted sum where it is wanted; NaN and infinities of the rest stay out, and the old value is kept bit for bit."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import kfcore as kf
 from kfcore import patches
+from kfcore.statistics import Moment
 
 RTOL = 1e-12
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -188,7 +189,7 @@ def block_of(layer, x, vectors, terms, error=None, average_groups=False):
         new = method.reduce(part, state, inputs, grads)
         total = new if total is None else total + new
     if average_groups:
-        total = total._replace(input_sum=np.broadcast_to(total.input_sum.mean(axis=0), total.input_sum.shape))
+        total = total._replace(inputs=Moment(np.broadcast_to(total.input_sum.mean(axis=0), total.input_sum.shape)))
     return method.dense(part, method.observe(state, total.over(terms * (1.01 if error == "terms" else 1.0))))
 
 
