@@ -204,6 +204,11 @@ def number(xp: Namespace, value: Array) -> float | Array:
     return value
 
 
+def readable(xp: Namespace, x: Array) -> bool:
+    """Whether the host can read single numbers of ``x`` at once."""
+    return isinstance(number(xp, x[(0,) * x.ndim]), float)
+
+
 @primitive
 def append(xp: Namespace, x: Array, column: float | Array) -> Array:
     """``x [..., m, n]`` with one more column, ``[..., m]`` or a number: ``[..., m, n + 1]``."""

@@ -226,7 +226,7 @@ class Optimizer:
 class Recorder:
     """A stateful shell around :class:`Optimizer`: record in the backward pass, then step.
 
-    What is recorded is reduced at once; no activation is held.
+    What is recorded is reduced at once, or copied where that is smaller (fewer rows than features); the arrays are yours again.
 
     Examples
     --------

@@ -94,13 +94,20 @@ class ModelOptimizer:
             needs |= block.method.requires(block.layer)
         return needs
 
-    def reduce(self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None) -> dict[str, Any]:
-        """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``."""
+    def reduce(
+        self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None, *, used: Any = None
+    ) -> dict[str, Any]:
+        """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``.
+
+        ``used`` is the layer as it was used this time, where its geometry can differ between uses; its matrix cannot.
+        """
+        known = self.model.layers[layer]
+        kinds = None if used is None or used is known else used.blocks()
         statistics = {}
-        for name in self.model.blocks(layer).values():
+        for suffix, name in self.model.blocks(layer).items():
             block = self.preconditioner.blocks[name]
             old = state.curvature.blocks[name]
-            statistics[name] = block.method.reduce(block.layer, old, inputs, output_grads)
+            statistics[name] = block.method.reduce(block.layer if kinds is None else kinds[suffix], old, inputs, output_grads)
         return statistics
 
     def update(

@@ -2,10 +2,10 @@
 
 from kfcore_jax import kernels as _kernels
 from kfcore_jax.model import Model, trace, value_grad_and_records
-from kfcore_jax.records import Records
+from kfcore_jax.records import Records, accumulate
 from kfcore_jax.tap import tap
 from kfcore_jax.transform import Transformation, optimizer, scale_by_curvature
 
 _kernels.register()
 
-__all__ = ["Model", "Records", "Transformation", "optimizer", "scale_by_curvature", "tap", "trace", "value_grad_and_records"]
+__all__ = ["Model", "Records", "Transformation", "accumulate", "optimizer", "scale_by_curvature", "tap", "trace", "value_grad_and_records"]

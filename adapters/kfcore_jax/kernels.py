@@ -91,12 +91,12 @@ def invert(xp: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     factor = lax.linalg.cholesky(x, symmetrize_input=False)
     n = x.shape[-1]
     if n < WIDE:
-        half = _triangular_inverse(factor)
+        half = _negative_inverse(factor)
         return half.mT @ half, jnp.isfinite(half[..., -1, -1])
     m = n // 2
-    first, last = _triangular_inverse(factor[..., :m, :m]), _triangular_inverse(factor[..., m:, m:])
-    low = last @ (factor[..., m:, :m] @ first)
-    inverse = _square(first.mT @ first + low.mT @ low, -(last.mT @ low), last.mT @ last)
+    first, last = _negative_inverse(factor[..., :m, :m]), _negative_inverse(factor[..., m:, m:])
+    low = last @ (factor[..., m:, :m] @ first)  # all three times -1, so that no product needs a sign
+    inverse = _square(first.mT @ first + low.mT @ low, last.mT @ low, last.mT @ last)
     return inverse, jnp.isfinite(last[..., -1, -1])
 
 
@@ -106,9 +106,9 @@ def _square(first: jax.Array, corner: jax.Array, last: jax.Array) -> jax.Array:
     return jnp.concatenate([upper, jnp.concatenate([corner, last], axis=-1)], axis=-2)
 
 
-def _triangular_inverse(factor: jax.Array) -> jax.Array:
-    """Inverse of a lower triangular matrix."""
-    eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+def _negative_inverse(factor: jax.Array) -> jax.Array:
+    """Inverse of a lower triangular matrix, times -1."""
+    eye = jnp.broadcast_to(-jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
     return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 
@@ -33,3 +34,43 @@ class Records:
         (records.layers,), records.terms = children, terms
         records.gradients = {}
         return records
+
+
+def accumulate(records: Records | Sequence[Records], *, loss_reduction: Literal["mean", "sum"] = "mean") -> Records:
+    """Records of a batch from those of its micro-batches, for gradients that are accumulated.
+
+    Parameters
+    ----------
+    records
+        One each micro-batch; or those that a ``lax.scan`` over equal micro-batches returned, stacked along a first axis.
+    loss_reduction
+        ``"mean"`` where each micro-batch has its own mean loss. The gradients given to ``update`` must be those of the mean over the whole
+        batch: the micro-batches' gradients weighed by their terms. ``"sum"`` for summed losses, whose gradients add up, and for records of
+        :meth:`Model.fisher_records`.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or they are of different models.
+
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"`loss_reduction` must be 'mean' or 'sum', got {loss_reduction!r}")
+    if isinstance(records, Records):
+        lengths = {x.shape[0] for x in jax.tree.leaves(records)}
+        if len(lengths) != 1:
+            raise ValueError(f"`records` must be stacked along a first axis of one length, got the lengths {sorted(lengths)}")
+        parts = [jax.tree.map(lambda x, k=k: x[k], records) for k in range(lengths.pop())]
+    else:
+        parts = list(records)
+    if not parts:
+        raise ValueError("`records` must hold those of one micro-batch at least, got none")
+    if any(part.layers.keys() != parts[0].layers.keys() for part in parts):
+        raise ValueError("`records` must all be of one model; their layers differ")
+    terms = sum(part.terms for part in parts)
+
+    def of_whole(part: Records, use: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        inputs, grads = use
+        return inputs, grads if grads is None or loss_reduction == "sum" else grads * (part.terms / terms)
+
+    return Records({name: [of_whole(part, use) for part in parts for use in part.layers[name]] for name in parts[0].layers}, terms)

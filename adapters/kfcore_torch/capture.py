@@ -8,13 +8,31 @@ user's own through the layers (``torch.autograd.grad`` for an input gradient, sa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-Sink = Callable[[str, Tensor, Tensor | None], None]
+from kfcore_torch.attention import Projection, Watch
+
+Sink = Callable[[str, Tensor, Tensor | None, tuple[int, ...]], None]
+Rows = Callable[[Tensor], Tensor]
+
+
+class Use(NamedTuple):
+    """A use of a layer whose output gradients are still to come."""
+
+    layer: str
+    inputs: Tensor
+    edge: Any
+    """Of the output in the graph."""
+    rows: Rows | None
+    """Takes the layer's part of an array of the shape of the output; ``None`` for all of it."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """The layer's part of the gradient of the output."""
+        return x if self.rows is None else self.rows(x)
 
 
 class Capture:
@@ -24,58 +42,81 @@ class Capture:
 
     Parameters
     ----------
-    sites
-        Modules by layer name.
+    calls
+        Layers with the modules whose calls are their uses.
+    attentions
+        Attention modules with the layers inside of them.
     sink
-        Called as ``sink(layer, inputs, output_grads)`` for every use of a layer.
+        Called as ``sink(layer, inputs, output_grads, shape of the output)`` for every use of a layer.
     output_grads
         Whether output gradients are wanted; if not, the sink is called in the forward pass of training mode and no backward hook exists.
     deferred
-        Keep each use as ``(inputs, edge of the output in the graph)`` for :meth:`take`, instead of waiting for the training backward.
+        Keep each use for :meth:`take`, instead of waiting for the training backward.
     """
 
-    def __init__(self, sites: Mapping[str, list[nn.Module]], sink: Sink, *, output_grads: bool, deferred: bool) -> None:
+    def __init__(
+        self,
+        calls: Sequence[tuple[str, nn.Module]],
+        attentions: Sequence[tuple[nn.Module, Sequence[Projection]]],
+        sink: Sink,
+        *,
+        output_grads: bool,
+        deferred: bool,
+    ) -> None:
         self.wanted = True
         self.counting = False
         self._sink = sink
         self._output_grads = output_grads
         self._deferred = deferred
-        self._uses: list[tuple[str, Tensor, Any]] = []
+        self._uses: list[Use] = []
         me: weakref.ref[Any] = weakref.ref(self)
         self._handles = [
-            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True)
-            for layer, modules in sites.items()
-            for module in modules
+            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True) for layer, module in calls
         ]
 
-    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool) -> None:
-        """A layer was called."""
-        if not (self.wanted or self.counting) or not torch.is_grad_enabled() or not output.requires_grad:
+        def wanted() -> bool:
+            capture = me()
+            return capture is not None and capture._looking()
+
+        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, rows: Rows) -> None:
+            capture = me()
+            if capture is not None:
+                capture.use(layer, inputs, output, training, rows)
+
+        for module, projections in attentions:
+            self._handles += Watch(module, projections, wanted, seen).attach()
+
+    def _looking(self) -> bool:
+        return (self.wanted or self.counting) and torch.is_grad_enabled()
+
+    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool, rows: Rows | None = None) -> None:
+        """A layer was called; ``rows`` takes its part of ``output`` where that has parts of several layers."""
+        if not self._looking() or not output.requires_grad:
             return
         inputs = inputs.detach()
         if not self._output_grads:
             if training:
-                self._sink(layer, inputs, None)
+                self._sink(layer, inputs, None, output.shape if rows is None else rows(output.detach()).shape)
         elif self._deferred:
-            self._uses.append((layer, inputs, torch.autograd.graph.get_gradient_edge(output)))
+            self._uses.append(Use(layer, inputs, torch.autograd.graph.get_gradient_edge(output), rows))
         else:
             me = weakref.ref(self)
 
             def fire(grad: Tensor) -> None:
                 capture = me()
                 if capture is not None and (capture.wanted or capture.counting):
-                    capture._fire(layer, inputs, grad)
+                    capture._fire(layer, inputs, grad if rows is None else rows(grad))
 
             output.register_hook(fire)
 
     def _fire(self, layer: str, inputs: Tensor, grad: Tensor) -> None:
         if torch.is_grad_enabled():  # a backward pass that is to be differentiated
             with torch.no_grad():
-                self._sink(layer, inputs, grad.detach())
+                self._sink(layer, inputs, grad.detach(), grad.shape)
         else:
-            self._sink(layer, inputs, grad)
+            self._sink(layer, inputs, grad, grad.shape)
 
-    def take(self) -> list[tuple[str, Tensor, Any]]:
+    def take(self) -> list[Use]:
         """The deferred uses since the last call."""
         uses, self._uses = self._uses, []
         return uses

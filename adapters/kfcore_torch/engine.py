@@ -18,7 +18,8 @@ from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, re
 from kfcore.optimizer import merge
 from kfcore_torch.capture import Capture
 from kfcore_torch.fisher import pull_back
-from kfcore_torch.layout import Layout, Sharing, layout
+from kfcore_torch.layout import Layout, layout
+from kfcore_torch.sites import Sharing, as_used
 
 
 class Engine:
@@ -73,7 +74,7 @@ class Engine:
             lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
             raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
         self.layout, self.core = found, core
-        self.state: OptimizerState = core.init({n: p.detach() for n, p in found.parameters.items()})
+        self.state: OptimizerState = core.init({n: p.detach() for n, p in found.values().items()})
         if old is not None:
             self._adopt(*old)
         if self.capture is not None:
@@ -82,7 +83,8 @@ class Engine:
         for name in found.model.layers:
             needs |= core.needs(name)
         self.capture = Capture(
-            found.sites,
+            found.calls(),
+            found.attentions(),
             self._sink,
             output_grads=Needs.OUTPUT_GRADS in needs,
             deferred=self.method.fisher in ("mc", "exact"),
@@ -118,20 +120,18 @@ class Engine:
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None) -> None:
-        layer = self.layout.model.layers[name]
-        if inputs.ndim == 1:
-            inputs, grads = inputs[None], None if grads is None else grads[None]
+    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> None:
+        layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
         if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
-            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads)))
+            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), used=layer))
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name
             if name == self._output_layer:
-                self._terms += math.prod(grads.shape if getattr(self.loss, "per_entry", False) else grads.shape[:-1])
+                self._terms += math.prod(outputs) if getattr(self.loss, "per_entry", False) else _rows(layer, outputs)
         elif self.method.fisher == "forward":
             # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
-            self._called[name] = self._called.get(name, 0) + math.prod(inputs.shape[:-1])
+            self._called[name] = self._called.get(name, 0) + _rows(layer, outputs)
             self._terms = float(self._called[name])
 
     def backward_fisher(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> None:
@@ -170,14 +170,14 @@ class Engine:
         overrides = dict(overrides)
         overrides["damping"] = self._by_block(overrides["damping"])
         found, self.state = self.core.update(
-            self.layout.parameters, grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
+            self.layout.values(), grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
         )
         self.moved()
         return found
 
     def _gather(self, terms: float | Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
         assert self.capture is not None
-        grads = {name: p.grad.detach() for name, p in self.layout.parameters.items() if p.grad is not None}
+        grads = self.layout.grads()
         if not grads:
             raise RuntimeError("`step` found no gradient in any parameter: call `loss.backward()` before it")
         sparse = [name for name, g in grads.items() if g.layout != torch.strided]
@@ -280,7 +280,7 @@ class Engine:
         core, like = self.core, self.state
         if set(excluded) != set(self._excluded):
             found, core = self._laid_out(list(self.layout.parameters.values()), excluded)
-            like = core.init({n: p.detach() for n, p in found.parameters.items()})
+            like = core.init({n: p.detach() for n, p in found.values().items()})
         return from_arrays(core, like, arrays, header), excluded
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -312,3 +312,8 @@ class Engine:
     @staticmethod
     def _fallback(core: ModelOptimizer) -> str:
         return next(core.preconditioner.blocks[name].method.name for name in core.model.others)
+
+
+def _rows(layer: Any, outputs: tuple[int, ...]) -> int:
+    """Outputs of a layer, of all examples and at all positions."""
+    return math.prod(outputs) // (layer.shape[0] * math.prod(layer.stack))

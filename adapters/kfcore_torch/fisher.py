@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kfcore import Loss, Method, fisher_vectors
+from kfcore_torch.capture import Sink, Use
 
 
 def pull_back(
@@ -17,11 +17,11 @@ def pull_back(
     outputs: Tensor,
     targets: Tensor | None,
     generator: torch.Generator | None,
-    uses: list[tuple[str, Tensor, Any]],
-    sink: Callable[[str, Tensor, Tensor], None],
+    uses: list[Use],
+    sink: Sink,
 ) -> None:
     """Call ``sink`` with the gradients at every use of a layer, once a vector. No ``.grad`` is touched and the graph is kept."""
-    edges = [edge for _, _, edge in uses]
+    edges = [use.edge for use in uses]
     detached = outputs.detach()
 
     def draw(kind: Literal["uniform", "normal"], shape: tuple[int, ...]) -> Tensor:
@@ -33,6 +33,7 @@ def pull_back(
     for vector in fisher_vectors(method.fisher, loss, detached, targets, draw=draw, samples=method.mc_samples):
         grads = torch.autograd.grad(outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True)
         with torch.no_grad():
-            for (layer, inputs, _), grad in zip(uses, grads, strict=True):
+            for use, grad in zip(uses, grads, strict=True):
                 if grad is not None:
-                    sink(layer, inputs, grad)
+                    grad = use.part(grad)
+                    sink(use.layer, use.inputs, grad, grad.shape)

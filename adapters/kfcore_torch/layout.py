@@ -3,33 +3,74 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from kfcore import Linear, Model
-
-Sharing = Literal["expand", "reduce"]
+from kfcore import Model
+from kfcore_torch.attention import Projection
+from kfcore_torch.sites import Part, Sharing, Site, inner_modules, sites_of
 
 
 @dataclass
 class Layout:
-    """A module seen by the core."""
+    """A module seen by the core.
+
+    Names in the core are PyTorch's, except where the layers of an attention module share a parameter: its rows then have the
+    names that they would have as parameters of their own, such as ``attention.q_proj.weight``.
+    """
 
     model: Model
     parameters: dict[str, nn.Parameter]
-    """Trained parameters by name, each once."""
-    sites: dict[str, list[nn.Module]]
-    """Modules whose calls are uses of a layer, by layer."""
+    """Trained parameters by PyTorch's name, each once."""
+    parts: dict[str, Part]
+    """Where every parameter of the core is in them, by its name in the core."""
+    sites: dict[str, list[Site]]
+    """Places where a layer is used, by layer."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why a parameter has the block it has, by parameter."""
+    """Why a parameter has the block it has, by its name in the core."""
 
     @functools.cached_property
-    def names(self) -> dict[int, str]:
-        """Names of the trained parameters by their ``id``."""
-        return {id(p): name for name, p in self.parameters.items()}
+    def names(self) -> dict[int, list[str]]:
+        """Names in the core of the trained parameters by their ``id``."""
+        names: dict[int, list[str]] = {}
+        for name, part in self.parts.items():
+            names.setdefault(id(self.parameters[part.parameter]), []).append(name)
+        return names
+
+    @functools.cached_property
+    def _whole(self) -> bool:
+        return all(part.rows is None for part in self.parts.values())
+
+    def values(self) -> Mapping[str, Tensor]:
+        """The parameters by their names in the core; parts are views."""
+        if self._whole:
+            return self.parameters
+        return {name: part.of(self.parameters[part.parameter]) for name, part in self.parts.items()}
+
+    def grads(self) -> dict[str, Tensor]:
+        """Their gradients, of those that have one."""
+        grads = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
+        if self._whole:
+            return grads
+        return {name: part.of(grads[part.parameter]) for name, part in self.parts.items() if part.parameter in grads}
+
+    def calls(self) -> list[tuple[str, nn.Module]]:
+        """Layers with the modules whose calls are their uses."""
+        return [(name, site.module) for name, sites in self.sites.items() for site in sites if not site.part]
+
+    def attentions(self) -> list[tuple[nn.Module, list[Projection]]]:
+        """Attention modules with the layers inside of them."""
+        found: dict[int, tuple[nn.Module, list[Projection]]] = {}
+        for name, sites in self.sites.items():
+            for site in sites:
+                if site.part:
+                    projections = found.setdefault(id(site.module), (site.module, []))[1]
+                    projections.append(Projection(name, site.attribute, site.weight.rows))
+        return list(found.values())
 
 
 def layout(
@@ -49,78 +90,120 @@ def layout(
     trained
         The parameters that the optimizer holds.
     bias, sharing
-        How every :class:`kfcore.Linear` is set up; ``sharing`` may be given by layer name.
+        How every layer is set up; ``sharing`` may be given by layer name.
     excluded
         Layers not to cover, with the reason.
+
+    Raises
+    ------
+    ValueError
+        If ``trained`` has a tensor that is no parameter of ``module``, or ``module`` a parameter that has no shape yet.
     """
+    parameters = _trained(module, trained)
+    holders = _holders(module)
+    tied: dict[Part, list[Site]] = {}
+    for site in sites_of(module):
+        tied.setdefault(site.weight, []).append(site)
+    layers: dict[str, Any] = {}
+    roles: dict[str, dict[str, str]] = {}
+    sites: dict[str, list[Site]] = {}
+    names: dict[Part, str] = {}
+    reasons: dict[Part, str] = {}
+    split: set[str] = set()
+    for weight, users in tied.items():
+        first = users[0]
+        kind = type(first.module).__name__
+        biases = dict.fromkeys(site.bias for site in users if site.bias is not None and site.bias.parameter in parameters)
+        names |= {weight: _name(weight, first, "weight")} | {each: _name(each, first, "bias") for each in biases}
+        if weight.parameter not in parameters:
+            reasons |= dict.fromkeys(biases, f"bias of a {kind} whose weight is not a trained parameter")
+            continue
+        own = _own_bias(users, holders)
+        obstacle = _obstacle(users, holders[weight.parameter])
+        if not obstacle:
+            split |= {part.parameter for part in (weight, own) if part is not None and part.rows is not None}
+        reason = obstacle or (excluded or {}).get(first.name)
+        if reason:
+            reasons[weight] = reason
+            reasons |= dict.fromkeys(biases, f"bias of a {kind} without a layer: {reason}")
+            continue
+        parts = {"weight": weight} | ({"bias": own} if own in biases else {})
+        if own not in biases:
+            reasons |= dict.fromkeys(biases, "bias of a layer that shares its weight with another bias, or itself shared")
+        how = sharing if isinstance(sharing, str) else sharing.get(first.name, "expand")
+        layers[first.name] = layer = first.layer(bias if "bias" in parts else None, how)
+        roles[first.name] = {role: names[part] for role, part in parts.items()}
+        sites[first.name] = users
+        where = "" if weight.rows is None else f" in rows {weight.rows[0]}:{weight.rows[1]} of {weight.parameter}"
+        frozen = "; its bias is not trained" if own is not None and own not in biases else ""
+        if where or frozen:
+            reasons[weight] = type(layer).__name__ + where + frozen
+    covered = {name for of_layer in roles.values() for name in of_layer.values()}
+    # what is excluded in the middle of a step, for it was not seen to be used, keeps its names
+    parts = {name: Part(name) for name in parameters if name not in split}
+    parts |= {name: part for part, name in names.items() if part.parameter in split and part.parameter in parameters}
+    others = {name: tuple(part.of(parameters[part.parameter]).shape) for name, part in parts.items() if name not in covered}
+    found = {name if name in parts else part.parameter: reasons[part] for part, name in names.items() if part in reasons}
+    for name in others.keys() - found.keys():
+        found[name] = _unsupported(module, parameters[parts[name].parameter])
+    return Layout(Model(layers, others, roles), parameters, parts, sites, found)
+
+
+def _trained(module: nn.Module, trained: Collection[Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters of ``module`` among ``trained`` that are not frozen, by name; checks both."""
+    for name, p in module.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(f"`model` has a parameter without a shape yet, {name!r} of a {kind}: run a forward pass before this")
     ids, own = {id(p) for p in trained}, {id(p) for p in module.parameters()}
     for p in trained:
         if id(p) not in own:
             raise ValueError(f"`params` must be parameters of `model`, got another tensor, of shape {tuple(p.shape)}")
-    parameters = {name: p for name, p in module.named_parameters() if id(p) in ids and p.requires_grad}
-    names = {id(p): name for name, p in parameters.items()}
-    reasons: dict[str, str] = {}
-    users = _users(module)
-    layers: dict[str, Linear] = {}
-    roles: dict[str, dict[str, str]] = {}
-    sites: dict[str, list[nn.Module]] = {}
-    for name, child in module.named_modules():
-        if not isinstance(child, nn.Linear):
-            continue
-        if id(child.weight) not in names:
-            if id(child.bias) in names:
-                reasons[names[id(child.bias)]] = "bias of a Linear whose weight is not a trained parameter"
-            continue
-        weight = names[id(child.weight)]
-        sharers = users[id(child.weight)]
-        reason = (excluded or {}).get(name) or _obstacle(module, name, child, [m for _, m in sharers])
-        if reason:
-            reasons[weight] = reason
-            if id(child.bias) in names:
-                reasons[names[id(child.bias)]] = f"bias of a Linear without a layer: {reason}"
-            continue
-        first = sharers[0][0]
-        if first in layers:
-            sites[first].append(child)
-            continue
-        biases = [m.bias for _, m in sharers]
-        alone = biases[0] is not None and all(b is biases[0] for b in biases) and len(users[id(biases[0])]) == len(sharers)
-        joint = alone and id(biases[0]) in names
-        if not joint:
-            for b in biases:
-                if b is not None and id(b) in names:
-                    reasons[names[id(b)]] = "bias of a layer that shares its weight with another bias, or itself shared"
-        if alone and not joint:
-            reasons[weight] = "Linear; its bias is not trained"
-        how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
-        layers[name] = Linear(child.in_features, child.out_features, bias if joint else None, how)
-        roles[name] = {"weight": weight} | ({"bias": names[id(biases[0])]} if joint else {})
-        sites[name] = [child]
-    covered = {parameter for of_layer in roles.values() for parameter in of_layer.values()}
-    others = {name: tuple(p.shape) for name, p in parameters.items() if name not in covered}
+    return {name: p for name, p in module.named_parameters() if id(p) in ids and p.requires_grad}
+
+
+def _name(part: Part, site: Site, role: str) -> str:
+    """What a part is called in the core."""
+    return part.parameter if part.rows is None else f"{site.name}.{role}"
+
+
+def _own_bias(users: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]]) -> Part | None:
+    """The bias that all sites of a weight have and nothing else does."""
+    bias = users[0].bias
+    if bias is None or any(site.bias != bias for site in users) or len(holders[bias.parameter]) != len(users):
+        return None
+    return bias
+
+
+def _unsupported(module: nn.Module, parameter: nn.Parameter) -> str:
+    """Why a parameter that is no weight of a site has no layer."""
     for owner, child in module.named_modules():
         for role, p in child.named_parameters(recurse=False):
-            name = names.get(id(p))
-            if name in others and name not in reasons:
-                reasons[name] = f"{type(child).__name__} {owner}.{role} is not a supported layer" if owner else "a bare parameter"
-    return Layout(Model(layers, others, roles), parameters, sites, reasons)
+            if p is parameter:
+                return f"{type(child).__name__} {owner}.{role} is not a supported layer" if owner else "a bare parameter"
+    return "a bare parameter"
 
 
-def _users(module: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Modules that hold each parameter, by the parameter's id, without duplicates, in the order of the model."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, child in module.named_modules():
+def _holders(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Modules that hold each parameter, by the parameter's name, without duplicates, in the order of the model."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    inner = inner_modules(module)
+    holders: dict[str, list[nn.Module]] = {}
+    for child in module.modules():
         for p in child.parameters(recurse=False):
-            users.setdefault(id(p), []).append((name, child))
-    return users
+            holders.setdefault(names[id(p)], []).append(inner.get(id(child), child))
+    return holders
 
 
-def _obstacle(module: nn.Module, name: str, child: nn.Linear, sharers: list[nn.Module]) -> str | None:
-    """Why calls of ``child`` do not show all uses of its weight, if so."""
-    if type(child) is not nn.Linear:
-        parent = module.get_submodule(name.rpartition(".")[0])
-        return f"{type(child).__name__} in {type(parent).__name__} is not nn.Linear itself and may not be called as a module"
-    others = [m for m in sharers if type(m) is not nn.Linear]
-    if others:
-        return f"weight shared with {type(others[0]).__name__}, which is not a supported layer"
+def _obstacle(users: Sequence[Site], holders: Sequence[nn.Module]) -> str | None:
+    """Why calls of the modules that hold a weight do not show all its uses, or are not those of one layer, if so."""
+    layers = [site.layer(None, "expand") for site in users]
+    callers = [id(site.module) for site, layer in zip(users, layers, strict=True) if not isinstance(layer, str)]
+    if not callers:
+        return layers[0]
+    strangers = [m for m in holders if id(m) not in callers]
+    if strangers:
+        return f"weight shared with {type(strangers[0]).__name__}, which is not a supported layer"
+    if any(layer != layers[0] for layer in layers):
+        return f"weight shared by modules that do different things with it: {' and '.join(type(site.module).__name__ for site in users)}"
     return None

@@ -14,8 +14,8 @@ from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
 from kfcore_torch.engine import Engine
-from kfcore_torch.layout import Sharing
 from kfcore_torch.shell import Shell
+from kfcore_torch.sites import Sharing
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -42,11 +42,15 @@ class Optimizer(Shell, torch.optim.Optimizer):
         Description of the loss such as :class:`kfcore.CrossEntropy`; needed for the Fisher types ``"mc"`` and ``"exact"``.
     loss_reduction
         ``"mean"`` or ``"sum"``: what the training loss is over its terms. The terms are counted as the rows of the output layer (examples
-        of a classifier, tokens of a language model), times its width if ``loss`` compares numbers one by one (MSE, BCE); give
-        ``terms`` to :meth:`step` where that is not so. With gradient accumulation the sum of the micro-batches' gradients must be
+        of a classifier, tokens of a language model, pixels where it is a convolution), times its width if ``loss`` compares numbers one
+        by one (MSE, BCE); give ``terms`` to :meth:`step` where that is not so, as in a network that pools or resizes what its last layer
+        made. With gradient accumulation the sum of the micro-batches' gradients must be
         the gradient of the whole.
     bias, sharing
-        See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by module name.
+        See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by layer name. ``"expand"`` is for networks whose loss keeps the
+        positions of a layer (language models, segmentation), ``"reduce"`` for those that average them before it (convolutional and
+        attention classifiers): it is closer to the curvature there, and cheaper. Layers behind the average have one position, and both
+        are the same. The layers of an attention module are its ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
     fallback
         Method for parameters of no layer, a :class:`kfcore.Diagonal` if not given.
     grad_scaler
@@ -133,8 +137,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         names = engine.layout.names
         for group in self.param_groups:
             for p in group["params"]:
-                name = names.get(id(p))
-                if name is not None:
+                for name in names.get(id(p), ()):
                     rates[name], decays[name], dampings[name] = group["lr"], group["weight_decay"], group["damping"]
         self._write(engine.updates({"learning_rate": rates, "weight_decay": decays, "damping": dampings}, terms))
         engine.join(self._trained())
@@ -203,7 +206,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _write(self, updates: Mapping[str, Tensor]) -> None:
-        parameters = self.engine.layout.parameters
+        parameters = self.engine.layout.values()
         same = {name: u for name, u in updates.items() if u.dtype == parameters[name].dtype}
         if same:
             torch._foreach_add_([parameters[name] for name in same], list(same.values()))  # pyright: ignore[reportPrivateImportUsage]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kfcore import Loss, Method, StepSize
 from kfcore.stepsize import clip_scale, guarded
 from kfcore_torch.engine import Engine
-from kfcore_torch.layout import Sharing
 from kfcore_torch.shell import Shell
+from kfcore_torch.sites import Sharing
 
 
 class Preconditioner(Shell):
@@ -78,10 +78,9 @@ class Preconditioner(Shell):
             directions = {name: d * scale for name, d in directions.items()}
         directions, step = guarded(directions, self.engine.state.step)
         self.engine.state = self.engine.state._replace(step=step)
+        written = self.engine.layout.grads()
         for name, direction in directions.items():
-            grad = self.engine.layout.parameters[name].grad
-            assert grad is not None
-            grad.copy_(direction)
+            written[name].copy_(direction)
         self.engine.join(list(self.engine.module.parameters()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,7 +46,10 @@ class Shell:
         layout = self.engine.layout
         wide = any(p.dtype == torch.float64 for p in layout.parameters.values())
         found = self.engine.core.report(layout.reasons, 8 if wide else 4)
-        shapes = {name: tuple(p.shape) for name, p in self.engine.module.named_parameters()}
+        shapes = {}
+        for name, p in self.engine.module.named_parameters():
+            parts = {n: layout.parts[n].of(p) for n in layout.names.get(id(p), ())} or {name: p}
+            shapes |= {n: tuple(part.shape) for n, part in parts.items()}
         return found.over(shapes, "not trained: frozen, or in no parameter group")
 
     def diagnostics(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
 from kfcore import factors
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, scalar, truth
+from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.factors import MATRICES, Form, Forms, sandwich
 from kfcore.layers import Layer
@@ -180,7 +180,7 @@ class KFAC(Method):
         if rows is not None and left is not None and right is not None and layer.forms == MATRICES:
             (out, inp), n = layer.shape, rows.inputs.shape[-2]
             cheaper = n * (out * out + inp * inp + out * inp) < 0.75 * out * inp * (out + inp)
-            if cheaper and (rows.known or spans(xp, rows, grad) is True):
+            if cheaper and (rows.known or (readable(xp, grad) and spans(xp, rows, grad) is True)):
                 return thin_product(xp, rows.scale * (rows.output_grads @ left.mT), rows.inputs @ right)
         return sandwich(xp, layer.forms, left, grad, right)
 

@@ -73,11 +73,81 @@ def optimizer(model, *, method=None, **options):
     return Optimizer(model, method, **({"lr": 0.05, "momentum": 0.9} | options))
 
 
+def rebuilt(model, backward, **options):
+    """Deviation of every block's gradient, made of the rows that the core was given, from autograd's; 1 where nothing was given.
+
+    ``backward`` runs the model and the backward pass. The moments in the statistics are compared with those of the rows too.
+    """
+    opt = Optimizer(model, kf.KFAC(), lr=0.0, **options)
+    core, state, layout = opt.engine.core, opt.engine.state, opt.engine.layout
+    xp = kf._array.namespace(next(iter(layout.values().values())))
+    sums, sizes, moments, reduce = {}, {}, {}, core.reduce
+
+    def record(state, name, inputs, output_grads, used=None):
+        found = reduce(state, name, inputs, output_grads, used=used)
+        for suffix, layer in (used or core.model.layers[name]).blocks().items():
+            a = layer.input_rows(xp, inputs, inputs.dtype)
+            g, size = (layer.output_rows(xp, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
+            sums[name + suffix] = sums.get(name + suffix, 0) + g.mT @ a
+            sizes[name + suffix] = sizes.get(name + suffix, 0) + size.mT @ a.abs()
+            moments[name + suffix] = moments.get(name + suffix, 0) + a.mT @ a
+        return found
+
+    core.reduce = record
+    backward()
+    statistics = opt.engine._statistics
+    opt.remove_hooks()
+    grads = core.model.matrices(layout.grads())
+    deviations = {}
+    for name, block in core.preconditioner.blocks.items():
+        if name in grads and name not in core.model.others:
+            if name not in sums:
+                deviations[name] = 1.0
+                continue
+            assert block.layer.shape == tuple(sums[name].shape[-2:])
+            # some gradients vanish, as that of the bias of the keys of attention: all terms of the sum cancel
+            scale = max(abs(grads[name]).max(), 1e-3 * sizes[name].max())
+            deviations[name] = float(abs(sums[name] - grads[name]).max() / scale)
+            assert gap(statistics[name].input_sum, moments[name]) < 1e-12
+    assert state is opt.engine.state
+    return deviations
+
+
+def blocks_of_ggn(model, outputs, terms):
+    """Diagonal blocks, by block of the layout of ``model``, of the GGN matrix of the mean of ``terms`` squares ``sum f^2``."""
+    opt = Optimizer(model, kf.KFAC(), lr=0.0)
+    layout, core = opt.engine.layout, opt.engine.core
+    opt.remove_hooks()
+    f = outputs()
+    rows = {}
+    for seed in torch.eye(f.numel(), dtype=f.dtype):
+        parts = torch.autograd.grad(f, list(layout.parameters.values()), seed.reshape(f.shape), retain_graph=True)
+        whole = dict(zip(layout.parameters, parts, strict=True))
+        values = {name: part.of(whole[part.parameter]) for name, part in layout.parts.items()}
+        for name, matrix in core.model.matrices(values).items():
+            rows.setdefault(name, []).append(matrix)
+    found = {}
+    for name, of_name in rows.items():
+        j = torch.stack(of_name).flatten(1)
+        found[name] = (2.0 / terms * j.mT @ j).numpy()
+    return found
+
+
 @pytest.fixture(scope="session")
 def lib():
     """The helpers of this file."""
     return SimpleNamespace(
-        mlp=mlp, data=data, weights=weights, gap=gap, factors=factors, dense=dense, train=train, batches=batches, optimizer=optimizer
+        mlp=mlp,
+        data=data,
+        weights=weights,
+        gap=gap,
+        factors=factors,
+        dense=dense,
+        train=train,
+        batches=batches,
+        optimizer=optimizer,
+        rebuilt=rebuilt,
+        blocks_of_ggn=blocks_of_ggn,
     )
 
 

@@ -49,12 +49,14 @@ def test_every_parameter_has_one_row_and_a_reason():
     model = Mixed()
     optimizer = Optimizer(model, kf.KFAC(damping=0.1), lr=0.05)
     report = optimizer.report()
-    assert sorted(row.parameter for row in report) == sorted(name for name, _ in model.named_parameters())
-    assert {row.parameter for row in report if row.kind == "kfac"} == {"mix.weight", "mix.bias"}
+    names = [name for name, _ in model.named_parameters() if "in_proj" not in name]
+    rows = [f"attention.{which}_proj.{role}" for role in ("weight", "bias") for which in "qkv"]
+    assert sorted(row.parameter for row in report) == sorted(names + rows)
+    assert {row.parameter for row in report if row.kind == "kfac"} == {n for n in names + rows if n.startswith(("mix", "attention"))}
     reasons = {row.parameter: row.reason for row in report}
     assert "shared with Embedding" in reasons["embed.weight"]
     assert "shared with Embedding" in reasons["head.bias"]
-    assert "MultiheadAttention" in reasons["attention.out_proj.weight"]
+    assert reasons["attention.k_proj.weight"] == "Linear in rows 4:8 of attention.in_proj_weight"
     assert "LayerNorm" in reasons["norm.weight"]
     assert reasons["scale"] == "a bare parameter"
     assert all(reasons[row.parameter] in str(report) for row in report)

@@ -1,5 +1,7 @@
 """From the same weights and data PyTorch and a hand-written backward pass in NumPy follow the same trajectory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,79 @@ def test_a_batch_given_twice_makes_the_same_step(lib):
         return lib.train(net, lib.optimizer(net), [(x.repeat(times, 1), y.repeat(times)) for x, y in lib.batches(5)])
 
     assert lib.gap(run(1), run(3)) <= 1e-11
+
+
+class Convolutional(torch.nn.Module):
+    """Two convolutions, the first strided, the second with groups, tanh, a mean over the positions, and a dense layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        double = {"dtype": torch.float64}
+        self.l0 = torch.nn.Conv2d(2, 4, 3, stride=2, padding=1, **double)
+        self.l1 = torch.nn.Conv2d(4, 6, (2, 3), padding=(0, 1), groups=2, **double)
+        self.l2 = torch.nn.Linear(6, 3, **double)
+
+    def forward(self, x):
+        return self.l2(torch.tanh(self.l1(torch.tanh(self.l0(x)))).mean(dim=(2, 3)))
+
+
+def pictures(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 2, 6, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (8,), generator=generator)
+
+
+def convolve(layer, params, x):
+    """``[N, in, *spatial]`` to ``[N, out, *outputs]``, as a product of patches with the matrix of the core."""
+    xp = kf._array.namespace(x)
+    inputs, _ = layer.capture(x, None)
+    rows = layer.input_rows(xp, inputs, x.dtype)
+    outputs = rows @ layer.matrices(params)[""].mT
+    outputs = outputs if layer.groups == 1 else np.moveaxis(outputs, 0, 1).reshape(rows.shape[1], -1)
+    spatial = layer.window(x.shape[2:]).outputs(x.shape[2:])
+    return np.moveaxis(outputs.reshape(len(x), *spatial, -1), -1, 1)
+
+
+def numpy_convolutions(method, how, steps):
+    net = Convolutional()
+    layers = {
+        "l0": kf.Conv(2, 4, (3, 3), stride=2, padding=1, **how),
+        "l1": kf.Conv(4, 6, (2, 3), padding=(0, 1), groups=2, **how),
+        "l2": kf.Linear(6, 3, how["bias"]),
+    }
+    # the gradient of what goes into a convolution is what the transposed one makes of the gradient of what comes out
+    backwards = kf.Conv(6, 4, (2, 3), padding=(0, 1), groups=2, transposed=True, bias=None)
+    params = {n: {role: p.detach().numpy().copy() for role, p in getattr(net, n).named_parameters()} for n in layers}
+    optimizer = kf.Optimizer(method, layers, learning_rate=0.05, momentum=0.9)
+    state = optimizer.init(params)
+    joint = [replace(layers[n], bias="joint", sharing="expand") for n in ("l0", "l1")]
+    for step in range(steps):
+        x, y = (t.numpy() for t in pictures(step))
+        h0 = np.tanh(convolve(joint[0], params["l0"], x))
+        h1 = np.tanh(convolve(joint[1], params["l1"], h0))
+        pooled = h1.mean(axis=(2, 3))
+        z = pooled @ params["l2"]["weight"].T + params["l2"]["bias"]
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        d2 = (e / e.sum(axis=1, keepdims=True) - np.eye(3)[y]) / len(x)
+        d1 = (d2 @ params["l2"]["weight"])[:, :, None, None] * (1 - h1**2) / h1[0, 0].size
+        d0 = convolve(backwards, {"weight": params["l1"]["weight"]}, d1) * (1 - h0**2)
+        records, grads = {"l0": (x, d0), "l1": (h0, d1), "l2": (pooled, d2)}, {}
+        for layer, name in zip(joint, ("l0", "l1"), strict=True):
+            inputs, dz = layer.capture(*records[name])
+            xp = kf._array.namespace(inputs)
+            grads[name] = layer.parameters_of({"": layer.output_rows(xp, dz, dz.dtype).mT @ layer.input_rows(xp, inputs, dz.dtype)})
+        grads["l2"] = {"weight": d2.T @ pooled, "bias": d2.sum(axis=0)}
+        params, state = optimizer.step(params, grads, records, state)
+    return np.concatenate([params[n][role].ravel() for n in layers for role in ("weight", "bias")])
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_fifty_steps_of_a_convolutional_net_agree(lib, sharing, bias):
+    method = kf.KFAC(damping=0.05, stats_every=2, refresh_every=4)
+    net = Convolutional()
+    optimizer = Optimizer(net, method, lr=0.05, momentum=0.9, sharing={"l0": sharing, "l1": sharing}, bias=bias)
+    theirs = lib.train(net, optimizer, [pictures(step) for step in range(50)])
+    assert lib.gap(lib.weights(Convolutional()), theirs) > 1e-2, "nothing moved"
+    assert lib.gap(numpy_convolutions(method, {"sharing": sharing, "bias": bias}, 50), theirs) <= 1e-9

@@ -100,7 +100,11 @@ class Backend(Protocol):
 
 
 class Layer(Protocol):
-    """One layer of a network in portable array code, ``xp`` being its namespace."""
+    """One layer of a network in portable array code, ``xp`` being its namespace.
+
+    It may have ``torch_module()``, which the torch backend needs of kinds it does not know, and ``jax_forward(params, x)``, which the JAX
+    backend takes in place of ``forward`` where JAX has an operation of its own for the layer.
+    """
 
     name: str | None
     """``None`` for a layer without parameters."""

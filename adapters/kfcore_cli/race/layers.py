@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,92 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A two-dimensional convolution of ``[N, in, H, W]``, begun as :class:`Dense` with ``kernel^2`` times the widths."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+
+    def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Weight ``[out, in, kernel, kernel]`` and bias ``[out]``."""
+        bound = math.sqrt(6.0 / ((self.in_channels + self.out_channels) * self.kernel**2))
+        shape = (self.out_channels, self.in_channels, self.kernel, self.kernel)
+        return {"weight": rng.uniform(-bound, bound, shape), "bias": np.zeros(self.out_channels)}
+
+    def forward(self, xp: Any, params: Mapping[str, Array], x: Array) -> Array:
+        """``[N, in, H, W]`` to ``[N, out, H', W']``: patches times kernels."""
+        layer = replace(self.curvature(), bias=None)
+        y = self._patches(xp, layer, x) @ layer.matrices({"weight": params["weight"]})[""].T + params["bias"]
+        return _channels_first(xp, y, x.shape[0], *(1 + (n + 2 * self.padding - self.kernel) // self.stride for n in x.shape[2:]))
+
+    def backward(self, xp: Any, params: Mapping[str, Array], x: Array, y: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """Gradients at the input (by the transposed convolution) and of weight and bias."""
+        layer = replace(self.curvature(), bias=None)
+        _, rows = layer.capture(x, dy)
+        rows = xp.reshape(rows, (-1, self.out_channels))
+        own = layer.parameters_of({"": rows.T @ self._patches(xp, layer, x)}) | {"bias": xp.sum(rows, axis=0)}
+        more = tuple((n + 2 * self.padding - self.kernel) % self.stride for n in x.shape[2:])
+        back = replace(layer, in_channels=self.out_channels, out_channels=self.in_channels, transposed=True, output_padding=more)
+        dx = self._patches(xp, back, dy) @ back.matrices({"weight": params["weight"]})[""].T
+        return _channels_first(xp, dx, *(x.shape[i] for i in (0, 2, 3))), own
+
+    def curvature(self) -> kfcore.Conv:
+        """As kfcore knows it."""
+        return kfcore.Conv(self.in_channels, self.out_channels, (self.kernel,) * 2, self.stride, self.padding)
+
+    def torch_module(self) -> Any:
+        """As PyTorch knows it."""
+        from torch.nn import Conv2d
+
+        return Conv2d(self.in_channels, self.out_channels, self.kernel, self.stride, self.padding)
+
+    def jax_forward(self, params: Mapping[str, Array], x: Array) -> Array:
+        """As JAX knows it: patches are no convolution to a compiler."""
+        from jax import lax
+
+        y = lax.conv_general_dilated(x, params["weight"], (self.stride,) * 2, [(self.padding,) * 2] * 2)
+        return y + params["bias"][:, None, None]
+
+    @staticmethod
+    def _patches(xp: Any, layer: kfcore.Conv, x: Array) -> Array:
+        return layer.input_rows(xp, layer.capture(x, None)[0], x.dtype)
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Examples in another shape, such as pixels as an image or the reverse."""
+
+    shape: tuple[int, ...]
+    name: None = None
+
+    def init(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """No parameters."""
+        return {}
+
+    def forward(self, xp: Any, params: Mapping[str, Array], x: Array) -> Array:
+        """``[N, ...]`` to ``[N, *shape]``."""
+        return xp.reshape(x, (x.shape[0], *self.shape))
+
+    def backward(self, xp: Any, params: Mapping[str, Array], x: Array, y: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """Back to the shape of the input."""
+        return xp.reshape(dy, x.shape), {}
+
+    def curvature(self) -> None:
+        """It has none."""
+        return
+
+    def torch_module(self) -> Any:
+        """As PyTorch knows it."""
+        from torch.nn import Flatten, Unflatten
+
+        return Unflatten(1, self.shape) if len(self.shape) > 1 else Flatten()
+
+
+@dataclass(frozen=True)
 class Activation:
     """An elementwise function."""
 
@@ -70,3 +156,8 @@ class Activation:
 def sigmoid(xp: Any, x: Array) -> Array:
     """``1 / (1 + exp(-x))`` without overflow."""
     return 0.5 + 0.5 * xp.tanh(0.5 * x)
+
+
+def _channels_first(xp: Any, rows: Array, examples: int, height: int, width: int) -> Array:
+    """Rows ``[N H W, channels]`` as ``[N, channels, H, W]``."""
+    return xp.permute_dims(xp.reshape(rows, (examples, height, width, rows.shape[-1])), (0, 3, 1, 2))

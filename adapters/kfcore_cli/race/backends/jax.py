@@ -84,7 +84,8 @@ class Program:
         """The network's outputs, by the portable code of its layers."""
         for layer in self.network.layers:
             try:
-                x = layer.forward(jnp, params.get(layer.name, {}), x)
+                own = params.get(layer.name, {})
+                x = layer.jax_forward(own, x) if hasattr(layer, "jax_forward") else layer.forward(jnp, own, x)  # pyright: ignore
             except (TypeError, AttributeError, IndexError) as error:
                 kind, reason = type(layer).__name__, str(error).partition("\n")[0]
                 raise UsageError(
@@ -153,6 +154,8 @@ def _check(network: Network, model: kfcore_jax.Model) -> None:
         found = model.layers.get(name)
         if isinstance(found, kfcore.Linear) and isinstance(described, kfcore.Linear):
             found = replace(found, layout=described.layout)
+        if isinstance(found, kfcore.Conv) and isinstance(described, kfcore.Conv):
+            found = replace(found, layout=described.layout, channels=described.channels)
         if found != described:
             raise UsageError(
                 f"--backends jax finds {found or 'no product of a weight with the batch'} in the layer {name}, whose `curvature()` says "
