@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kfcore import linalg
-from kfcore._array import Array, Namespace, cast, device, namespace, number
+from kfcore._array import Array, Namespace, cast, device, namespace, readable
 from kfcore.factors import Forms
 from kfcore.layers.base import Layer, Parameters, Sharing, checked_int, checked_stack, flat_positions, merge, positions
 
@@ -177,11 +177,10 @@ class Embedding:
     def _checked(self, xp: Namespace, ids: Array) -> Array:
         """``ids`` in a dtype that holds ``num``; raise where one is outside of the table and the host can see it."""
         ids = _wide(xp, ids, self.num)
-        if 0 in ids.shape:
-            return ids
-        low, high = number(xp, xp.min(ids)), number(xp, xp.max(ids))
-        if isinstance(low, float) and isinstance(high, float) and (low < 0 or high > max(self.num - 1, self.padding or 0)):
-            raise ValueError(f"`inputs` must be ids from 0 to {self.num - 1}, rows of the table, got ids from {low:.0f} to {high:.0f}")
+        if 0 not in ids.shape and readable(xp, ids):
+            low, high = int(xp.min(ids)), int(xp.max(ids))
+            if low < 0 or high > max(self.num - 1, self.padding or 0):
+                raise ValueError(f"`inputs` must be ids from 0 to {self.num - 1}, rows of the table, got ids from {low} to {high}")
         return ids
 
 
