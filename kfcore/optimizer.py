@@ -95,19 +95,18 @@ class ModelOptimizer:
         return needs
 
     def reduce(
-        self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None, *, used: Any = None
+        self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None, *, use: Any = None
     ) -> dict[str, Any]:
         """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``.
 
-        ``used`` is the layer as it was used this time, where its geometry can differ between uses; its matrix cannot.
+        ``use`` describes the layer as it was used there, if that is not how the model has it: with another stride or padding, say. Its
+        parameters and blocks must be the same.
         """
-        known = self.model.layers[layer]
-        kinds = None if used is None or used is known else used.blocks()
+        parts = None if use is None or use is self.model.layers[layer] else use.blocks()
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
-            block = self.preconditioner.blocks[name]
-            old = state.curvature.blocks[name]
-            statistics[name] = block.method.reduce(block.layer if kinds is None else kinds[suffix], old, inputs, output_grads)
+            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
+            statistics[name] = block.method.reduce(block.layer if parts is None else parts[suffix], old, inputs, output_grads)
         return statistics
 
     def update(

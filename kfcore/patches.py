@@ -202,8 +202,9 @@ def _padded(xp: Namespace, x: Array, axis: int, low: int, high: int, mode: Paddi
     """``x`` with positions added along an axis, or taken away where negative."""
     n = x.shape[axis]
     if low < 0 or high < 0:
-        x = _cut(x, axis, max(0, -low), n - max(0, -high))
-        low, high = max(0, low), max(0, high)
+        # what is taken away may reach into what is added at the other side, where it is more than there is
+        x = _padded(xp, x, axis, max(0, low), max(0, high), mode)
+        return _cut(x, axis, max(0, -low), x.shape[axis] - max(0, -high))
     if not low and not high:
         return x
     if mode == "zeros":

@@ -90,12 +90,13 @@ class Preconditioner:
         if known(state.observed) or not statistics:
             return state._replace(blocks=blocks, observed=state.observed + (1 if statistics else 0))
         # whether the very first were any good is in the arrays: until all are, look (afterwards nobody waits for a device)
-        seen = functools.reduce(operator.and_, [blocks[name].average.weight > 0 for name in statistics])
+        weights = [blocks[name].average.weight for name in statistics]
+        seen = functools.reduce(operator.and_, [namespace(weight).all(weight > 0) for weight in weights])
         if known(state.observed) == 0:
-            seen = int(to_numpy(seen).all())
+            seen = int(to_numpy(seen))
         else:
             xp = namespace(state.observed)
-            seen = xp.astype(xp.all(seen), xp.int32)
+            seen = xp.astype(seen, xp.int32)
         return state._replace(blocks=blocks, observed=state.observed + seen)
 
     def refresh(self, state: PreconditionerState, damping: Values = None) -> PreconditionerState:

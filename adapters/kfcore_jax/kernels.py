@@ -160,7 +160,7 @@ def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any
     def add(sums: Any, i: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, part(i)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, 0))
+    zeros = jax.tree.map(lambda s: program.zeros(s.shape, s.dtype, program.varying(x)), jax.eval_shape(part, 0))
     return lax.scan(add, zeros, jnp.arange(parts))[0]
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import jax
 
 import kfcore
-from kfcore import Linear
+from kfcore import Conv, Linear
 from kfcore_jax.analysis import Findings, is_trained
-from kfcore_jax.sites import Dense, Geometry, Site
+from kfcore_jax.sites import Convolution, Dense, Geometry, Site
 from kfcore_jax.views import View, apply, undo
 
 Sharing = Literal["expand", "reduce"]
+Described: TypeAlias = Linear | Conv
+"""A layer of the core that a use of a weight may be."""
 WEIGHTS = {"kernel", "weight", "w", "W"}
 """Last keys that say "the weight" and are left out of the name of a layer."""
 LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding"}
 """What a report calls the layer of each kind of use."""
+PASSES = {"stride", "padding", "padding_mode", "dilation", "input_dilation", "output_padding"}
+"""What a description says of how a kernel passes over its input: it may differ from use to use, for no parameter or state depends on it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Layout:
     """Of the names in ``sites``, those whose weight or bias also has a term of its own in the loss, which is no part of the curvature."""
     whole: frozenset[str] = frozenset()
     """Layers whose gradient is the product of what is captured of them, and nothing else."""
+    uses: Mapping[str, tuple[Described, ...]] = field(default_factory=dict)
+    """Every layer as each of its uses in this program has it: they are :func:`alike`, and the first is that of the model."""
 
     def flat(self, tree: Any) -> dict[str, jax.Array]:
         """Arrays of a tree of the shape of the parameters, by their names in the core."""
@@ -79,14 +85,47 @@ class Layout:
                 reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
-        return Layout(kfcore.Model(layers, others), places, sites, reasons, self.regularised & layers.keys(), self.whole & layers.keys())
+        uses = {name: self.uses[name] for name in layers}
+        regularised, whole = self.regularised & layers.keys(), self.whole & layers.keys()
+        return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, uses)
 
 
-def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Linear | str:
-    """The layer of the core that a use of a weight is, or why there is none yet. The only place that knows which there are."""
+def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Described | str:
+    """The layer of the core that a use of a weight is, or why there is none. The only place that knows which there are."""
     if isinstance(use, Dense):
         return Linear(use.ins, use.outs, bias, sharing, use.layout, use.stack)
+    if isinstance(use, Convolution):
+        return _convolution(use, bias, sharing)
     return f"{use.kind}: captured, but no curvature block for it yet"
+
+
+def _convolution(use: Convolution, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Conv | str:
+    if len(use.kernel) not in (1, 2, 3):
+        return f"convolution over {len(use.kernel)} axes: captured, but curvature blocks are for one to three"
+    if 0 in (*use.site.weight, *(use.site.output[axis] for axis in use.numbers.out_spec[2:])):
+        return "convolution that has no output"
+    return Conv(
+        use.ins,
+        use.outs,
+        use.kernel,
+        stride=use.strides,
+        padding=use.padding,
+        dilation=use.kernel_dilation,
+        groups=use.groups,
+        input_dilation=use.input_dilation,
+        bias=bias,
+        sharing=sharing,
+        layout="io",
+        channels="last",
+        leading=use.stack,
+    )
+
+
+def alike(one: object, other: object) -> bool:
+    """Whether two descriptions make the same blocks of the same parameters, however their kernels pass over their inputs."""
+    if type(one) is not type(other) or not is_dataclass(one) or isinstance(one, type):
+        return False
+    return all(getattr(one, part.name) == getattr(other, part.name) for part in fields(one) if part.name not in PASSES)
 
 
 def layout(
@@ -97,7 +136,7 @@ def layout(
     paths = list(arrays)
     short = _names(paths, prefix)
     uses, owners = _sites_by_leaf(found)
-    layers: dict[str, Linear] = {}
+    described: dict[str, tuple[Described, ...]] = {}
     places: dict[str, Placement] = {}
     sites: dict[str, tuple[Geometry, ...]] = {}
     reasons: dict[str, str] = {}
@@ -115,12 +154,12 @@ def layout(
         owned = _own_bias(found, owners, uses_here, uses)
         sites[name] = tuple(uses_here if owned is not None else (replace(u, site=replace(u.site, bias=None)) for u in uses_here))
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
-        layer = _layer(uses_here, None if owned is None else bias, how)
-        if isinstance(layer, str):
-            refused[leaf] = layer
+        layers_here = _layers(uses_here, None if owned is None else bias, how)
+        if isinstance(layers_here, str):
+            refused[leaf] = layers_here
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
-        layers[name] = layer
+        described[name] = layers_here
         places[paths[leaf]] = Placement(f"{name}.weight", tuple(arrays[paths[leaf]].shape), first.weight)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
         reasons[f"{name}.weight"] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
@@ -129,6 +168,7 @@ def layout(
             reasons[f"{name}.bias"] = f"bias of {name}: {paths[owned]}"
         else:
             refused |= dict.fromkeys(biases, "bias that more than one layer adds, or that is used elsewhere too")
+    layers = {name: of_layer[0] for name, of_layer in described.items()}
     others: dict[str, tuple[int, ...]] = {}
     for leaf, path in enumerate(paths):
         if path in places:
@@ -141,7 +181,7 @@ def layout(
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
     regularised = frozenset(name for name, uses_here in sites.items() if _has_own_term(found, uses_here[0].site))
     whole = frozenset(name for name in layers if name not in regularised and not any(u.site.name or u.site.ruled for u in sites[name]))
-    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole)
+    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, described)
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:
@@ -181,17 +221,22 @@ def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Geometry]], Counter[
     return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
-def _layer(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Linear | str:
-    """The one layer that all uses of a weight are, or why there is none."""
+def _layers(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing) -> tuple[Described, ...] | str:
+    """The layer that all uses of a weight are, as each of them has it, or why there is none."""
     kinds = dict.fromkeys(use.kind for use in uses)
     if len(kinds) > 1:
         return f"captured in a {' and in a '.join(kinds)}, but no curvature block covers both"
-    first, *others = [layer_of(use, bias, sharing) for use in uses]
-    if any(other != first for other in others) or any(use.weight != uses[0].weight for use in uses):
+    found: list[Described] = []
+    for use in uses:
+        layer = layer_of(use, bias, sharing)
+        if isinstance(layer, str):
+            return layer
+        found.append(layer)
+    if not all(alike(found[0], other) for other in found) or any(use.weight != uses[0].weight for use in uses):
         return (
             f"used in {uses[0].kind}s of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"
         )
-    return first
+    return tuple(found)
 
 
 def _own_bias(found: Findings, owners: Mapping[int, int], uses: Sequence[Geometry], weights: Mapping[int, Any]) -> int | None:

@@ -15,7 +15,7 @@ from kfcore.checkpoint import translated
 from kfcore_jax import program
 from kfcore_jax.analysis import analyse
 from kfcore_jax.evaluation import evaluate
-from kfcore_jax.layout import Layout, Sharing, layout, leaves_of, path_of
+from kfcore_jax.layout import Layout, Sharing, alike, layout, leaves_of, path_of
 from kfcore_jax.program import Path
 from kfcore_jax.records import Records
 from kfcore_jax.sites import Geometry, Site
@@ -57,8 +57,8 @@ class Model:
     def capture(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
         """As :meth:`value_grad_and_records`, with records also of what no layer of the core covers yet: all names in ``layout.sites``.
 
-        A convolution has ``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, *spatial, out]``, a gather has
-        ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop that share a convolution are further examples.
+        A convolution has ``inputs [*stack, N, *spatial, in]``, a gather has ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop
+        that share a convolution are further examples.
         """
         return self._captured(params, args, self.layout.sites)
 
@@ -75,7 +75,7 @@ class Model:
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
         layers = {name: [use.captured(inputs[use.site.path], pulled[use.site.path]) for use in of_layer] for name, of_layer in uses.items()}
-        records = Records(layers, self._terms(found))
+        records = Records(layers, self._terms(found), self._uses(found))
         records.gradients = leaves_of(grads)
         return ((value, aux) if self.has_aux else value), grads, records
 
@@ -135,10 +135,14 @@ class Model:
             merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
             return seen, grads.reshape(merged)
 
-        return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms)
+        return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms, self._uses(found))
 
     def named_arrays(self, params: Any) -> dict[str, np.ndarray]:
-        """Parameters as NumPy arrays by name, weights as ``[out, in]``: what a PyTorch ``state_dict`` of the same layers holds."""
+        """Parameters as NumPy arrays by name: what a PyTorch ``state_dict`` of the same layers holds.
+
+        Weights are ``[out, in]``, kernels ``[out, in / groups, *kernel]``; those of a transposed convolution are the ordinary one's that it
+        is, as ``to_oi`` of PyTorch's layer gives it.
+        """
         arrays = {name: np.array(x) for name, x in self.layout.flat(params).items()}
         return {name: self._turned(name, x) for name, x in arrays.items()}
 
@@ -164,19 +168,19 @@ class Model:
             name = translated(place.name, names or {})
             if name not in arrays:
                 raise ValueError(f"`arrays` lack {name!r}, for the parameter {path_of(keys)}")
-            value = self._turned(place.name, np.asarray(arrays[name]))
-            shape = shapes[place.name]
-            if value.shape != shape:
-                wanted = self._turned(place.name, np.empty(shape)).shape
-                raise ValueError(f"`arrays` must hold {name!r} with shape {wanted}, got {tuple(arrays[name].shape)}")
-            return place.back(jnp.asarray(value, x.dtype))
+            value, wanted = np.asarray(arrays[name]), self._turned(place.name, np.empty(shapes[place.name])).shape
+            if value.shape != wanted:
+                raise ValueError(f"`arrays` must hold {name!r} with shape {wanted}, got {value.shape}")
+            return place.back(jnp.asarray(self._turned(place.name, value, back=True), x.dtype))
 
         return jax.tree_util.tree_map_with_path(fill, like)
 
-    def _turned(self, name: str, x: np.ndarray) -> np.ndarray:
-        """A weight from the layout of its layer to ``[out, in]``, or back."""
+    def _turned(self, name: str, x: np.ndarray, *, back: bool = False) -> np.ndarray:
+        """A weight from the layout of its layer to that of files, or back."""
         layer, _, role = name.rpartition(".")
-        return np.swapaxes(x, -1, -2) if role == "weight" and layer in self.layers and self.layers[layer].layout == "io" else x
+        if role != "weight" or layer not in self.layers:
+            return x
+        return self.layers[layer].from_oi(x) if back else self.layers[layer].to_oi(x)
 
     def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
         """Rebuild the gradients of every weight and bias from the records and compare them with autodiff's: relative deviations by name.
@@ -193,22 +197,34 @@ class Model:
         """
         _, grads, records = jax.jit(self.capture)(params, *args)
         expected = [np.asarray(x, np.float64) for x in leaves_of(grads).values()]
+        found = self._found(_Tapped(self.function, params, args, self.has_aux), self.layout.sites)
         deviations = {}
-        for name, uses in self.layout.sites.items():
-            if name not in self.layout.regularised:
-                deviations[name] = max(_deviations(uses, records.layers[name], expected))
+        for name in self.layout.sites:
+            if name not in found.regularised:
+                deviations[name] = max(_deviations(found.sites[name], records.layers[name], expected))
         wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
         if wrong:
             raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")
         return deviations
 
     def _found(self, tapped: _Tapped, names: Collection[str]) -> Layout:
-        """The layout of this program: batch sizes may differ from those at :func:`trace`, the layers and what is to be captured may not."""
+        """The layout of this program: sizes of batches and images may differ from those at :func:`trace`, layers and parameters may not."""
         found = tapped.layout(self._how)
-        lost = [name for name in names if name not in found.sites or found.model.layers.get(name) != self.layers.get(name)]
+        same = [name for name in names if name in found.sites and self._same(name, found)]
+        lost = [name for name in names if name not in same]
         if lost:
             raise ValueError(f"the program no longer uses {', '.join(lost)} as it did when it was traced: trace the model anew")
         return found
+
+    def _same(self, name: str, found: Layout) -> bool:
+        """Whether a name stands for the layer that it was when the model was traced, or for none, as then."""
+        here, there = self.layers.get(name), found.model.layers.get(name)
+        return alike(here, there) or (here is None and there is None)
+
+    def _uses(self, found: Layout) -> dict[str, tuple[Any, ...]]:
+        """Descriptions of the layers as this program uses them, of those that are not what they were when the model was traced."""
+        uses = {name: found.uses[name] for name in self.layers}
+        return {name: of_layer for name, of_layer in uses.items() if any(use != self.layers[name] for use in of_layer)}
 
     def _terms(self, found: Layout) -> float:
         """Rows of the site that comes last, layer or not, times its width where the loss compares numbers."""

@@ -61,7 +61,7 @@ def of_constants(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
 
 
 def varying(variable: Any) -> tuple[str, ...]:
-    """Axes of a ``shard_map`` with checks over which a variable differs."""
+    """Axes of a ``shard_map`` with checks over which a variable (or an array) differs."""
     aval = variable.aval
     # an attribute of its own until JAX 0.9, part of a type since
     return tuple(sorted(aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else getattr(aval, "vma", ())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,23 +15,35 @@ class Records:
     What a method does not need of it costs nothing in a compiled program.
     """
 
-    def __init__(self, layers: dict[str, list[tuple[jax.Array, jax.Array | None]]], terms: float) -> None:
+    def __init__(
+        self,
+        layers: dict[str, list[tuple[jax.Array, jax.Array | None]]],
+        terms: float,
+        uses: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> None:
         self.layers = layers
-        """By layer name ``(inputs [*stack, N, S, in], output_grads [*stack, K N, S, out])`` for each use, K the vectors pulled back."""
+        """By layer name ``(inputs [*stack, N, S, in], output_grads [*stack, K N, S, out])`` for each use, K the vectors pulled back.
+
+        Inputs of a convolution are ``[*stack, N, *spatial, in]``.
+        """
+        self.uses = dict(uses or {})
+        """By layer name its description at each use, where it is not that of the traced model (``None`` where it is): the padding of a
+        convolution may change with the size of its input."""
         self.terms = terms
         """Number of terms in the loss: the rows of the output layer, unless told otherwise."""
         self.gradients: dict[str, jax.Array] = {}
         """The gradients of the same evaluation by path. They do not leave the program they are computed in."""
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """Arrays, and the number of terms, which is static."""
-        return (self.layers,), self.terms
+        """Arrays; and the number of terms and the descriptions, which are static."""
+        return (self.layers,), (self.terms, tuple(self.uses.items()))
 
     @classmethod
-    def tree_unflatten(cls, terms: Any, children: Any) -> Records:
+    def tree_unflatten(cls, static: Any, children: Any) -> Records:
         """Inverse of :meth:`tree_flatten`."""
         records = object.__new__(cls)
-        (records.layers,), records.terms = children, terms
+        (records.layers,), (records.terms, uses) = children, static
+        records.uses = dict(uses)
         records.gradients = {}
         return records
 
@@ -73,4 +85,7 @@ def accumulate(records: Records | Sequence[Records], *, loss_reduction: Literal[
         inputs, grads = use
         return inputs, grads if grads is None or loss_reduction == "sum" else grads * (part.terms / terms)
 
-    return Records({name: [of_whole(part, use) for part in parts for use in part.layers[name]] for name in parts[0].layers}, terms)
+    names = list(parts[0].layers)
+    layers = {name: [of_whole(part, use) for part in parts for use in part.layers[name]] for name in names}
+    uses = {name: sum((part.uses.get(name, (None,) * len(part.layers[name])) for part in parts), ()) for name in names}
+    return Records(layers, terms, {name: of_layer for name, of_layer in uses.items() if any(of_layer)})

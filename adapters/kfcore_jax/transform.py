@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import jax
@@ -20,7 +21,7 @@ from kfcore.optimizer import merge
 from kfcore.statistics import GradientRows, rows_of
 from kfcore.stepsize import guarded
 from kfcore_jax.analysis import is_trained
-from kfcore_jax.layout import Layout, leaves_of, path_of
+from kfcore_jax.layout import Layout, alike, leaves_of, path_of
 from kfcore_jax.model import Model
 from kfcore_jax.records import Records
 
@@ -206,7 +207,11 @@ class _Core:
             raise ValueError("`records` must be given to `update`: take them from `model.value_grad_and_records(params, ...)`")
         if not isinstance(records, Records):
             raise TypeError(f"`records` must be kfcore_jax.Records, got {type(records).__name__}")
-        missing = [name for name in layout.model.layers if name not in records.layers]
+        layers = layout.model.layers
+        other = [name for name in layers if not all(alike(layers[name], _masked(use, layers[name])) for use in records.uses.get(name, ()))]
+        if other:
+            raise ValueError(f"`records` have {', '.join(other)} with parameters of other shapes: they are of another model")
+        missing = [name for name in layers if name not in records.layers]
         if missing:
             raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}: they are of another model")
         if params is None and not (isinstance(self.step.weight_decay, (int, float)) and self.step.weight_decay == 0):
@@ -215,7 +220,7 @@ class _Core:
         everyone = local if self.axis_name is None else jax.lax.psum(local, self.axis_name)
 
         def statistics(state: OptimizerState) -> dict[str, Any]:
-            total = _reduced(optimizer, state, records, layout.model.layers)
+            total = _reduced(optimizer, state, records, layers)
             if self.axis_name is not None:
                 total, _ = optimizer.across(total, local, lambda x: jax.lax.psum(x, self.axis_name))
             return total
@@ -239,8 +244,10 @@ class _Core:
         names = {place.name for path, place in layout.places.items() if path in same}
 
         def whole(name: str) -> bool:
-            shared = any(inputs.shape[-2] > 1 for inputs, _ in records.layers[name])
-            return names.issuperset(layout.model.roles(name).values()) and (layout.model.layers[name].sharing == "expand" or not shared)
+            layer, shapes = layout.model.layers[name], [dy.shape for _, dy in records.layers[name] if dy is not None]
+            shared = any(positions > 1 for *_, positions, _ in shapes)
+            few = sum(shape[-3] * shape[-2] for shape in shapes) <= min(layer.shape)
+            return few and names.issuperset(layout.model.roles(name).values()) and (layer.sharing == "expand" or not shared)
 
         # where statistics are due the compiler finds that these are the same
         parts = _reduced(optimizer, state, records, filter(whole, layout.whole))
@@ -261,13 +268,23 @@ class _Core:
 
 
 def _reduced(optimizer: ModelOptimizer, state: OptimizerState, records: Records, names: Iterable[str]) -> dict[str, Any]:
-    """Statistics of the layers ``names``, by block."""
+    """Statistics of the layers ``names``, by block, each use as it is in the program of the records."""
     total: dict[str, Any] = {}
     for name in names:
-        for inputs, output_grads in records.layers[name]:
-            merge(total, optimizer.reduce(state, name, inputs, None))
-            merge(total, optimizer.reduce(state, name, None, output_grads))
+        layer, pairs = optimizer.model.layers[name], records.layers[name]
+        for use, (inputs, output_grads) in zip(records.uses.get(name, (layer,) * len(pairs)), pairs, strict=True):
+            use = _masked(use, layer)
+            merge(total, optimizer.reduce(state, name, inputs, None, use=use))
+            merge(total, optimizer.reduce(state, name, None, output_grads, use=use))
     return total
+
+
+def _masked(use: Any, layer: Any) -> Any:
+    """A use of ``layer`` (``None``: as it was traced), without the bias where a mask has taken that away."""
+    if use is None:
+        return layer
+    lost = getattr(use, "bias", None) is not None and getattr(layer, "bias", None) is None
+    return replace(use, bias=None) if lost else use
 
 
 class _Directions(_Core):

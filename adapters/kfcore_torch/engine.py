@@ -123,7 +123,7 @@ class Engine:
     def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
         if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
-            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), used=layer))
+            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), use=layer))
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name

@@ -58,6 +58,9 @@ class Conv(Plain):
         transposed one ``[*kernel, out / groups, in]`` (XLA, Flax, Keras).
     channels
         Where captured arrays have their channels: ``"first"`` for ``[N, channels, *spatial]``, ``"last"`` for ``[N, *spatial, channels]``.
+    leading
+        Leading axes of parameters and captured arrays that hold as many independent layers of equal shape (a scan over layers): what
+        ``stack`` is in :class:`kfcore.Linear`. Groups are stacked behind them.
     """
 
     in_channels: int
@@ -75,6 +78,7 @@ class Conv(Plain):
     sharing: Sharing = "expand"
     layout: Literal["oi", "io"] = "oi"
     channels: Literal["first", "last"] = "first"
+    leading: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.kernel, tuple) or len(self.kernel) not in (1, 2, 3) or not all(_is_int(k, 1) for k in self.kernel):
@@ -88,6 +92,8 @@ class Conv(Plain):
         for name, least in (("stride", 1), ("dilation", 1), ("output_padding", 0), ("input_dilation", 1)):
             object.__setattr__(self, name, _each(name, getattr(self, name), len(self.kernel), least))
         object.__setattr__(self, "padding", _pairs(self.padding, len(self.kernel)))
+        if not isinstance(self.leading, tuple) or not all(_is_int(n, 1) for n in self.leading):
+            raise ValueError(f"`leading` of Conv must be a tuple of positive ints, got {self.leading!r}")
         if self.bias is True or self.bias is False:
             object.__setattr__(self, "bias", "joint" if self.bias else None)
         for name, allowed in (
@@ -137,8 +143,8 @@ class Conv(Plain):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """``(groups,)``, or ``()`` for a single group."""
-        return (self.groups,) if self.groups > 1 else ()
+        """``(*leading, groups)``, or ``leading`` for a single group."""
+        return (*self.leading, self.groups) if self.groups > 1 else self.leading
 
     def window(self, spatial: tuple[int, ...]) -> Window:
         """How the kernel passes over an input of this size, as an ordinary convolution."""
@@ -165,35 +171,35 @@ class Conv(Plain):
         first, second = (self.in_channels, self.out_channels) if self.transposed else (self.out_channels, self.in_channels)
         second //= self.groups
         weight = (first, second, *self.kernel) if self.layout == "oi" else (*self.kernel, second, first)
-        shapes: dict[str, tuple[int, ...]] = {"weight": weight}
-        return shapes | {"bias": (self.out_channels,)} if self.bias else shapes
+        shapes: dict[str, tuple[int, ...]] = {"weight": (*self.leading, *weight)}
+        return shapes | {"bias": (*self.leading, self.out_channels)} if self.bias else shapes
 
     def blocks(self) -> dict[str, Layer]:
         """The curvature blocks of this layer: itself under ``""``, or its weight and its bias (of all groups) apart."""
         if self.bias != "separate":
             return {"": self}
-        return {".weight": replace(self, bias=None), ".bias": Bias(self.out_channels, axes=self.axes)}
+        return {".weight": replace(self, bias=None), ".bias": Bias(self.out_channels, self.leading, self.axes)}
 
     def to_oi(self, weight: Array) -> Array:
-        """The user's weight as that of the ordinary convolution, ``[out, in / groups, *kernel]``, the layout of files."""
-        xp = namespace(weight)
+        """The user's weight as that of the ordinary convolution, ``[*leading, out, in / groups, *kernel]``, the layout of files."""
+        xp, lead = namespace(weight), len(self.leading)
         if self.layout == "io":
-            weight = xp.permute_dims(weight, (self.axes + 1, self.axes, *range(self.axes)))
-        return _swapped(xp, weight, self.groups) if self.transposed else weight
+            weight = _permuted(xp, weight, lead, (self.axes + 1, self.axes, *range(self.axes)))
+        return _swapped(xp, weight, self.groups, lead) if self.transposed else weight
 
     def from_oi(self, weight: Array) -> Array:
         """Inverse of :meth:`to_oi`."""
-        xp = namespace(weight)
+        xp, lead = namespace(weight), len(self.leading)
         if self.transposed:
-            weight = _swapped(xp, weight, self.groups)
-        return xp.permute_dims(weight, (*range(2, self.axes + 2), 1, 0)) if self.layout == "io" else weight
+            weight = _swapped(xp, weight, self.groups, lead)
+        return _permuted(xp, weight, lead, (*range(2, self.axes + 2), 1, 0)) if self.layout == "io" else weight
 
     def matrices(self, params: Parameters) -> dict[str, Array]:
-        """The parameters (or their gradients) as one matrix a block, ``[groups, rows, columns]`` where there are groups."""
+        """The parameters (or their gradients) as one matrix a block, ``[*leading, groups, rows, columns]`` where there are groups."""
         xp, (rows, columns) = namespace(params["weight"]), replace(self, bias=None).shape
         weight = xp.reshape(self.to_oi(params["weight"]), (*self.stack, rows, columns))
         if self.bias == "separate":
-            return {".weight": weight, ".bias": params["bias"][:, None]}
+            return {".weight": weight, ".bias": params["bias"][..., :, None]}
         if self.bias is None:
             return {"": weight}
         return {"": append(xp, weight, xp.reshape(params["bias"], (*self.stack, rows)))}
@@ -203,12 +209,12 @@ class Conv(Plain):
         matrix = matrices[".weight" if self.bias == "separate" else ""]
         xp = namespace(matrix)
         body = matrix[..., :, :-1] if self.bias == "joint" else matrix
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel)
+        shape = (*self.leading, self.out_channels, self.in_channels // self.groups, *self.kernel)
         params = {"weight": self.from_oi(xp.reshape(body, shape))}
         if self.bias == "separate":
-            params["bias"] = matrices[".bias"][:, 0]
+            params["bias"] = matrices[".bias"][..., :, 0]
         elif self.bias == "joint":
-            params["bias"] = xp.reshape(matrix[..., :, -1], (self.out_channels,))
+            params["bias"] = xp.reshape(matrix[..., :, -1], (*self.leading, self.out_channels))
         return params
 
     # -- captured arrays -----------------------------------------------------------------------------------------------
@@ -216,11 +222,12 @@ class Conv(Plain):
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded to ``inputs [N, *spatial, in]`` and ``output_grads [N, S, out]``.
 
-        It is ``[N, in, *spatial]`` and ``[N, out, *outputs]``, or both with the channels last.
+        It is ``[N, in, *spatial]`` and ``[N, out, *outputs]``, or both with the channels last. All behind the axes of ``leading``.
         """
         xp = namespace(inputs, output_grads)
         flat = self._channels_last(xp, "inputs", inputs, self.in_channels)
-        spatial = tuple(flat.shape[1:-1])
+        lead = len(self.leading)
+        examples, spatial = flat.shape[lead], tuple(flat.shape[lead + 1 : -1])
         outputs = self.window(spatial).outputs(spatial)
         if min(outputs) < 1:
             raise ValueError(f"`inputs` must be at least as large as the kernel {self.kernel} spreads, got {tuple(inputs.shape)}")
@@ -228,12 +235,12 @@ class Conv(Plain):
         if output_grads is None:
             return flat, None
         grads = self._channels_last(xp, "output_grads", output_grads, self.out_channels)
-        if tuple(grads.shape[:-1]) != (flat.shape[0], *outputs):
-            expected = self._axes_of(flat.shape[0], self.out_channels, outputs)
+        if tuple(grads.shape[:-1]) != (*self.leading, examples, *outputs):
+            expected = self._axes_of(examples, self.out_channels, outputs)
             raise ValueError(
                 f"`output_grads` must have shape {expected} for `inputs` of shape {tuple(inputs.shape)}, got {tuple(output_grads.shape)}"
             )
-        return flat, xp.reshape(grads, (grads.shape[0], math.prod(outputs), self.out_channels))
+        return flat, xp.reshape(grads, (*self.leading, examples, math.prod(outputs), self.out_channels))
 
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Patches as rows ``[..., *stack, n, columns]``; n = N S for expand, N (each the mean of its S patches) for reduce."""
@@ -291,14 +298,15 @@ class Conv(Plain):
     def _axes_of(self, examples: int | str, channels: int, spatial: tuple[int | str, ...]) -> str:
         """A shape in the user's order of axes, for messages."""
         axes = (examples, channels, *spatial) if self.channels == "first" else (examples, *spatial, channels)
-        return f"[{', '.join(map(str, axes))}]"
+        return f"[{', '.join(map(str, (*self.leading, *axes)))}]"
 
     def _channels_last(self, xp: Namespace, name: str, x: Array, channels: int) -> Array:
-        """``x`` as ``[N, *spatial, channels]``, a view."""
-        if x.ndim != self.axes + 2 or x.shape[1 if self.channels == "first" else -1] != channels:
+        """``x`` as ``[*leading, N, *spatial, channels]``, a view."""
+        lead, place = len(self.leading), -1 - self.axes if self.channels == "first" else -1
+        if x.ndim != lead + self.axes + 2 or tuple(x.shape[:lead]) != self.leading or x.shape[place] != channels:
             spatial = ("D", "H", "W")[-self.axes :] if self.axes > 1 else ("L",)
             raise ValueError(f"`{name}` must have shape {self._axes_of('N', channels, spatial)}, got {tuple(x.shape)}")
-        return xp.permute_dims(x, (0, *range(2, x.ndim), 1)) if self.channels == "first" else x
+        return _permuted(xp, x, lead, (0, *range(2, self.axes + 2), 1)) if self.channels == "first" else x
 
     def _check_padding(self, spatial: tuple[int, ...], inputs: Array) -> None:
         """Raise where a padding that repeats positions wants more of them than there are."""
@@ -315,12 +323,21 @@ class Conv(Plain):
         return tuple(leading) if self.groups > 1 else tuple(leading[:-1])
 
 
-def _swapped(xp: Namespace, weight: Array, groups: int) -> Array:
-    """``[in, out / groups, *kernel]`` of a transposed convolution as ``[out, in / groups, *kernel]`` of the ordinary one, or back."""
-    first, second, *kernel = weight.shape
-    parts = xp.reshape(weight, (groups, first // groups, second, *kernel))
-    parts = xp.permute_dims(parts, (0, 2, 1, *range(3, parts.ndim)))
-    return xp.flip(xp.reshape(parts, (groups * second, first // groups, *kernel)), axis=tuple(range(2, weight.ndim)))
+def _permuted(xp: Namespace, x: Array, lead: int, axes: tuple[int, ...]) -> Array:
+    """``x`` with the axes behind the first ``lead`` in another order."""
+    return xp.permute_dims(x, (*range(lead), *(lead + a for a in axes)))
+
+
+def _swapped(xp: Namespace, weight: Array, groups: int, lead: int) -> Array:
+    """``[..., in, out / groups, *kernel]`` of a transposed convolution as ``[..., out, in / groups, *kernel]`` of the ordinary one.
+
+    Or back; ``lead`` axes stand before.
+    """
+    leading, (first, second, *kernel) = weight.shape[:lead], weight.shape[lead:]
+    parts = xp.reshape(weight, (*leading, groups, first // groups, second, *kernel))
+    parts = _permuted(xp, parts, lead, (0, 2, 1, *range(3, len(kernel) + 3)))
+    parts = xp.reshape(parts, (*leading, groups * second, first // groups, *kernel))
+    return xp.flip(parts, axis=tuple(range(lead + 2, weight.ndim)))
 
 
 def _is_int(value: object, least: int) -> bool:

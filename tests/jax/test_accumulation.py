@@ -82,6 +82,30 @@ def test_records_of_pulled_back_vectors_add_up(batch):
     assert close(update("mean", model, params, grads, together, method), whole)
 
 
+def test_micro_batches_of_images_may_differ_in_size():
+    """Padding "SAME" at stride 2 pads odd and even images differently: each part is reduced as it was used."""
+    rng = np.random.default_rng(5)
+    params = {"conv": jnp.asarray(rng.normal(size=(3, 3, 2, 4))), "fc": jnp.asarray(rng.normal(size=(4, 3)))}
+
+    def loss_fn(params, x, y):
+        h = jax.lax.conv_general_dilated(x, params["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        z = jnp.tanh(h).mean(axis=(1, 2)) @ params["fc"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    batches = [(jnp.asarray(rng.normal(size=(n, s, s, 2))), jnp.asarray(rng.integers(0, 3, n))) for n, s in ((4, 6), (2, 7))]
+    model = kfcore_jax.trace(loss_fn, params, *batches[0], strict=True)
+    optimizer = kfcore_jax.optimizer(kf.KFAC(damping=0.1), model)
+    results = [model.value_grad_and_records(params, *batch) for batch in batches]
+    grads = jax.tree.map(lambda a, b: (4 * a + 2 * b) / 6, *(r[1] for r in results))
+    _, state = optimizer.update(grads, optimizer.init(params), params, records=kfcore_jax.accumulate([r[2] for r in results]))
+    patches = [
+        jax.lax.conv_general_dilated_patches(x, (3, 3), (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).reshape(-1, 18)
+        for x, _ in batches
+    ]
+    rows = jnp.concatenate(patches)
+    assert np.allclose(state.curvature.blocks["conv"].average.values[0], rows.T @ rows / len(rows), rtol=1e-12, atol=1e-13)
+
+
 def test_wrong_calls(batch):
     params, x, y = batch
     model = kfcore_jax.trace(LOSS["mean"], params, x, y)

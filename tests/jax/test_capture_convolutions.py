@@ -1,7 +1,5 @@
 """However a convolution is written, its inputs and output gradients are captured channels last, and rebuild the gradient of its kernel."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,40 +16,26 @@ def scalar(z):
     return jnp.mean(jnp.sin(z + jnp.arange(z.size).reshape(z.shape)))
 
 
-def patches(x, use):
-    """What every place of the output sees of ``x [N, *spatial, in]``, one kernel offset after the other: ``[*kernel, N, *spatial, in]``."""
-    for axis, (dilation, (low, high)) in enumerate(zip(use.input_dilation, use.padding, strict=True), 1):
-        spread = np.zeros((*x.shape[:axis], (x.shape[axis] - 1) * dilation + 1, *x.shape[axis + 1 :]))
-        np.moveaxis(spread, axis, 0)[::dilation] = np.moveaxis(x, axis, 0)
-        width = [(0, 0)] * x.ndim
-        width[axis] = (max(low, 0), max(high, 0))
-        x = np.moveaxis(np.pad(spread, width), axis, 0)
-        x = np.moveaxis(x[max(-low, 0) : len(x) - max(-high, 0)], 0, axis)
-    sizes = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[1:-1], use.kernel, use.kernel_dilation, use.strides, strict=True)]
-    seen = np.empty((*use.kernel, len(x), *sizes, x.shape[-1]))
-    for offset in itertools.product(*map(range, use.kernel)):
-        starts = [o * d for o, d in zip(offset, use.kernel_dilation, strict=True)]
-        cut = [slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, use.strides, strict=True)]
-        seen[offset] = x[(slice(None), *cut)]
-    return seen
-
-
-def by_hand(use, inputs, grads):
+def by_hand(lib, use, inputs, grads):
     """The gradient of a kernel ``[*kernel, in / groups, out]`` from patches, without any convolution."""
-    seen, grads = patches(np.asarray(inputs), use), np.asarray(grads)
+    seen, grads = lib.patches(np.asarray(inputs), use), np.asarray(grads)
     seen = seen.reshape(-1, seen[(0,) * len(use.kernel)].size // use.ins, use.groups, use.ins // use.groups)
     grads = grads.reshape(-1, use.groups, use.outs // use.groups)
     return np.einsum("kngi,ngo->kigo", seen, grads).reshape(*use.kernel, use.ins // use.groups, use.outs)
 
 
 def one(lib, loss, params, *args, name="conv", biased=True):
-    """The use and the arrays of the only convolution, whose kernel gradient is rebuilt by hand once more."""
+    """The use and the arrays of the only convolution, whose kernel gradient and factors are made by hand once more."""
     model, records = lib.captured(loss, params, *args)
     (use,), ((inputs, grads),) = model.layout.sites[name], records.layers[name]
     assert (use.site.bias is not None) == biased
     leaf = jax.tree.leaves(jax.grad(loss)(params, *args))[use.site.leaf]
     expected = kfcore_jax.views.apply(use.weight, np.asarray(leaf))
-    assert np.abs(by_hand(use, inputs, grads) - expected).max() <= 1e-9 * np.abs(expected).max()
+    assert np.abs(by_hand(lib, use, inputs, grads) - expected).max() <= 1e-9 * np.abs(expected).max()
+    assert ("bias" in model.layers[name].parameters) == biased
+    lib.check_factors(model.layers[name], use, inputs, grads)
+    if biased or len(jax.tree.leaves(params)) == 1:
+        assert set(kfcore_jax.trace(loss, params, *args, strict=True).layers) == {name}
     return use, inputs, grads
 
 
@@ -87,7 +71,7 @@ def test_linen(lib, shape, options):
     if options.get("padding") not in ("CIRCULAR", "CAUSAL"):
         assert (np.asarray(inputs) == np.asarray(x)).all()
     out = jax.eval_shape(net.apply, {"params": params["conv"]}, x).shape
-    assert (grads.shape, use.ins, use.outs) == (out, shape[-1], 4)
+    assert (grads.shape, use.ins, use.outs) == ((N, np.prod(out[1:-1]), 4), shape[-1], 4)
 
 
 TRANSPOSED = {
@@ -150,7 +134,7 @@ def test_channels_first_and_the_gradient_at_the_output(lib):
     params, x = first(lib), lib.normal(0, N, 2, 5, 6)
     use, inputs, grads = one(lib, lambda p, x: scalar(jnp.tanh(affine(x, p["conv"]))), params, x)
     z = affine(x, params["conv"])
-    expected = np.moveaxis(np.asarray(jax.grad(lambda z: scalar(jnp.tanh(z)))(z)), 1, -1)
+    expected = np.moveaxis(np.asarray(jax.grad(lambda z: scalar(jnp.tanh(z)))(z)), 1, -1).reshape(N, 30, 4)
     assert np.abs(np.asarray(grads) - expected).max() <= 1e-12
     assert (np.asarray(inputs) == np.moveaxis(np.asarray(x), 1, -1)).all()
     assert (use.kernel, use.strides, use.padding, use.groups) == ((3, 2), (1, 1), ((1, 1), (0, 1)), 1)
@@ -218,7 +202,7 @@ def test_a_kernel_shared_by_the_rounds_of_a_loop_sees_further_examples(lib):
     params, x = {"conv": lib.normal(3, 4, 4, 3, 3), "into": first(lib)["conv"]}, lib.normal(0, 7, N, 2, 5, 6)
     model, records = lib.captured(loss, params, x)
     ((inputs, grads),) = records.layers["into"]
-    assert (inputs.shape, grads.shape) == ((N * 7, 5, 6, 2), (N * 7, 5, 6, 4))
+    assert (inputs.shape, grads.shape) == ((N * 7, 5, 6, 2), (N * 7, 30, 4))
     assert (np.asarray(inputs).reshape(N, 7, 5, 6, 2) == np.asarray(x).transpose(1, 0, 3, 4, 2)).all()
     assert model.layout.sites["into"][0].site.bias is not None
     assert records.layers["conv"][0][0].shape == (N * 7, 5, 6, 4)
@@ -232,7 +216,8 @@ def test_a_loop_over_layers_is_a_stack(lib):
     model, records = lib.captured(loss, params, lib.normal(0, N, 2, 5, 4))
     (use,), ((inputs, grads),) = model.layout.sites["conv"], records.layers["conv"]
     assert (use.stack, use.site.bias is not None) == ((6,), True)
-    assert inputs.shape == grads.shape == (6, N, 5, 4, 2)
+    assert (inputs.shape, grads.shape) == ((6, N, 5, 4, 2), (6, N, 20, 2))
+    assert model.layers["conv"].parameters == {"weight": (6, 3, 3, 2, 2), "bias": (6, 2)}
 
 
 def test_reversed_kernels_in_a_loop_over_layers(lib):
@@ -251,15 +236,17 @@ def test_a_kernel_used_twice_has_two_records(lib):
 
     model, records = lib.captured(loss, {"conv": {"w": lib.normal(1, 2, 2, 3, 3), "b": lib.normal(2, 2)}}, lib.normal(0, N, 2, 5, 4))
     assert len(records.layers["conv"]) == 2
-    assert "convolution: captured" in model.layout.reasons["conv.w"]
+    assert model.layout.reasons["conv.weight"] == "convolution: conv.w, used 2 times"
 
 
-def test_a_kernel_in_two_convolutions_of_different_strides_is_captured(lib):
+def test_a_kernel_in_two_convolutions_of_different_strides_is_one_layer(lib):
     def loss(p, x):
         return sum(scalar(lax.conv(x, p["conv"], strides, "SAME")) for strides in ((1, 1), (2, 2)))
 
-    _, records = lib.captured(loss, {"conv": lib.normal(1, 4, 2, 3, 3)}, lib.normal(0, N, 2, 5, 4))
-    assert [grads.shape for _, grads in records.layers["conv"]] == [(N, 5, 4, 4), (N, 3, 2, 4)]
+    model, records = lib.captured(loss, {"conv": lib.normal(1, 4, 2, 3, 3)}, lib.normal(0, N, 2, 5, 4))
+    assert [grads.shape for _, grads in records.layers["conv"]] == [(N, 20, 4), (N, 6, 4)]
+    assert [use.stride for use in records.uses["conv"]] == [(1, 1), (2, 2)]
+    assert model.layers["conv"] == records.uses["conv"][0]
 
 
 def test_the_weight_of_a_convolution_and_a_product_is_captured_in_both(lib):
@@ -287,8 +274,28 @@ def test_layers_around_a_convolution_keep_their_blocks(lib):
         return scalar(h @ p["head"])
 
     model, _ = lib.captured(loss, first(lib) | {"head": lib.normal(3, 120, 3)}, lib.normal(0, N, 2, 5, 6))
-    assert set(model.layers) == {"head"}
-    assert model.layout.reasons["conv.w"] == "convolution: captured, but no curvature block for it yet"
+    assert set(model.layers) == {"conv", "head"}
+    assert model.layout.reasons["conv.weight"] == "convolution: conv.w"
+
+
+NO_BLOCKS = {
+    "over no axis": ((4, 2), (5, 2), ()),
+    "over 4 axes": ((4, 2, 1, 2, 1, 2), (5, 2, 2, 3, 2, 3), (1, 1, 1, 1)),
+    "that has no output": ((4, 2, 3), (5, 2, 2), (1,)),
+}
+
+
+@pytest.mark.parametrize(("kernel", "batch", "strides"), NO_BLOCKS.values(), ids=NO_BLOCKS)
+def test_convolutions_without_a_block_have_a_reason(lib, kernel, batch, strides, request):
+    def loss(p, x):
+        return jnp.sum(jnp.sin(lax.conv(x, p["conv"], strides, "VALID"))) + jnp.sum(x)
+
+    model = kfcore_jax.trace(loss, {"conv": lib.normal(1, *kernel)}, lib.normal(0, *batch))
+    assert not model.layers
+    words = request.node.callspec.id.replace("no axis", "0 axes")
+    assert model.layout.reasons["conv"].startswith(f"convolution {words}")
+    with pytest.raises(ValueError, match=f"`strict` is set.*{words}"):
+        kfcore_jax.trace(loss, {"conv": lib.normal(1, *kernel)}, lib.normal(0, *batch), strict=True)
 
 
 def test_rows_of_a_convolution_that_comes_last_are_the_terms(lib):
@@ -381,10 +388,11 @@ def test_another_batch_size_needs_no_new_trace(lib):
 
 
 def test_nothing_is_paid_for_what_has_no_layer(lib):
-    params, x = first(lib), lib.normal(0, N, 2, 5, 6)
+    x = lib.normal(0, N, 2, 5, 6)
+    params = {"table": lib.normal(1, 4, 2)}
 
     def loss(p, x):
-        return scalar(affine(x, p["conv"]))
+        return scalar(p["table"][jnp.argmax(x[:, :, 0, 0], axis=1)])
 
     model = kfcore_jax.trace(loss, params, x)
     plain, asked, bare = (

@@ -104,6 +104,25 @@ def test_a_weight_used_twice_has_the_rows_of_both_uses(rng, taken, monkeypatch):
     assert same(short, train(twice, params, (x, other, y)))
 
 
+def convolved(params, x, y):
+    numbers = ("NWC", "WIO", "NWC")
+    z = jax.lax.conv_general_dilated(x, params["wide"]["kernel"], (1,), "VALID", dimension_numbers=numbers) + params["wide"]["bias"]
+    return jnp.mean((jnp.tanh(z).mean(1) @ params["out"]["kernel"] - y) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "sharing", "way"), [(7, "expand", "rows"), (6, "reduce", "rows"), (7, "reduce", "matrix"), (15, "expand", "matrix")]
+)
+def test_few_positions_of_a_convolution_go_the_short_way(rng, taken, monkeypatch, length, sharing, way):
+    params, _, y = start(rng)
+    x = jnp.asarray(rng.normal(size=(N, length, 7)))
+    params["wide"]["kernel"] = jnp.asarray(rng.normal(size=(6, 7, 30)) / 6)
+    short = train(convolved, params, (x, y), sharing=sharing)
+    assert taken() == {"rows": 0, "matrix": 0} | {way: 1}
+    monkeypatch.setattr(kfcore_jax.transform._Core, "_rows", lambda *_: {})
+    assert same(short, train(convolved, params, (x, y), sharing=sharing))
+
+
 def penalised(params, x, y):
     return mlp(params, x, y) + 1e-3 * jnp.sum(params["wide"]["kernel"] ** 2)
 

@@ -40,18 +40,22 @@ class Convolution:
     kind = "convolution"
 
     def captured(self, x: Any, dy: Any) -> tuple[Any, Any]:
-        """``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, *spatial, out]`` from what the loops returned of them.
+        """``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, S, out]`` from what the loops returned of them.
 
         Rounds of a loop that use the same weight again are further examples, since space has an axis for each direction.
         """
-        return self._channels_last(x, self.numbers.lhs_spec), self._channels_last(dy, self.numbers.out_spec)
+        examples, space, channels = self._axes(self.numbers.lhs_spec)
+        inputs = merged(x, self.site.stacked, [examples, *([axis] for axis in space), channels])
+        return inputs, merged(dy, self.site.stacked, self._axes(self.numbers.out_spec))
 
     def gradient(self, inputs: np.ndarray, output_grads: np.ndarray) -> np.ndarray:
         """Of the weight, by the transpose of the convolution with ``inputs``."""
         space = "".join(chr(ord("a") + axis) for axis in range(len(self.kernel)))
         numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
         wide = jnp.result_type(float)
-        x, dy = (jnp.asarray(v, wide).reshape(-1, *v.shape[len(self.stack) :]) for v in (inputs, output_grads))
+        lead, outputs = len(self.stack), [self.site.output[axis] for axis in self.numbers.out_spec[2:]]
+        x = jnp.asarray(inputs, wide).reshape(-1, *inputs.shape[lead:])
+        dy = jnp.asarray(output_grads, wide).reshape(len(x), -1, *outputs, self.outs)
         weight = jax.ShapeDtypeStruct((*self.kernel, self.ins // self.groups, self.outs), wide)
 
         def one(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -78,9 +82,10 @@ class Convolution:
         batch, channels, *space = self.numbers.out_spec
         return [], sorted([batch, *space]), [channels]
 
-    def _channels_last(self, x: Any, spec: tuple[int, ...]) -> Any:
+    def _axes(self, spec: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+        """Axes of the examples, of space and of the channels, once those of the loops stand before them."""
         batch, channels, *space = self.site.behind(spec)
-        return merged(x, self.site.stacked, [[batch, *self.site.shared], *([a] for a in space), [channels]])
+        return [batch, *self.site.shared], space, [channels]
 
 
 def convolution(site: Site, params: Mapping[str, Any]) -> Convolution | str:

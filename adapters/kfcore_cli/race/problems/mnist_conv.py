@@ -31,12 +31,13 @@ class MNISTConv:
     )
     batch_size = 200
     steps = 300
-    target = 0.02
+    target = 0.01
     metric = "test accuracy"
+    # grid on seed 0, by end loss: sgd lr .05 to .5; adam lr .001 to .03; kfac lr .1, .3, damping .001 to .1
     settings: Mapping[str, Settings] = {
-        "sgd": {"lr": 0.1, "momentum": 0.9},
-        "adam": {"lr": 3e-3},
-        "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.03, "stats_every": 5, "refresh_every": 10},
+        "sgd": {"lr": 0.3, "momentum": 0.9},
+        "adam": {"lr": 1e-2},
+        "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.1, "stats_every": 5, "refresh_every": 10},
     }
 
     def load(self) -> Data:

@@ -1,0 +1,88 @@
+"""Training loss of K-FAC and AdamW after equally many steps, each with the best of an equally large grid, over seeds.
+
+The grid is searched on one seed and the winners run on others, in PyTorch, with the networks and minibatches of ``kfcore race``.
+
+    python tests/benchmarks/tuned_training.py [--problem mnist-conv] [--quick] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kfcore as kf
+from kfcore_cli.race import registry
+from kfcore_cli.race.backends.torch import TorchContender
+from kfcore_cli.race.batches import batches
+from kfcore_cli.race.interfaces import Problem
+from kfcore_cli.race.rules import SGD
+from kfcore_torch import Optimizer
+
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "adamw": {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-2)},
+    "kfac": {"lr": (0.1, 0.3), "damping": (1e-3, 1e-2, 3e-2, 0.1)},
+}
+
+
+def optimizer(name: str, module: torch.nn.Module, settings: dict[str, float]) -> torch.optim.Optimizer:
+    """K-FAC with what the race uses everywhere, or AdamW."""
+    if name == "adamw":
+        return torch.optim.AdamW(module.parameters(), **settings)
+    method = kf.KFAC(damping=settings["damping"], stats_every=5, refresh_every=10)
+    return Optimizer(module, method, lr=settings["lr"], momentum=0.9, clip=1e-3)
+
+
+def train(problem: Problem, data: Any, name: str, settings: dict[str, float], seed: int, steps: int) -> dict[str, float]:
+    """Loss of the whole training part and the metric of the test part after so many steps, in float32."""
+    torch.manual_seed(seed)
+    contender = TorchContender(problem.network, problem.network.init(seed), SGD(lr=0.0, momentum=0.0), "float32")
+    contender.optimizer = optimizer(name, contender.module, settings)
+    for index in islice(batches(len(data.train_x), problem.batch_size, seed), steps):
+        contender.step(data.train_x[index], data.train_y[index])
+    with torch.no_grad():
+        outputs = contender.module(torch.from_numpy(data.train_x).float())
+        loss = float(contender.loss(outputs, torch.from_numpy(data.train_y)))
+        score = problem.score(contender.module(torch.from_numpy(data.test_x).float()).numpy(), data.test_y)
+    return {"loss": loss if math.isfinite(loss) else math.inf, "score": score}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", default="mnist-conv")
+    parser.add_argument("--quick", action="store_true", help="few steps")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    problem: Problem = registry.load("problems", arguments.problem)
+    data, steps = problem.load(), 20 if arguments.quick else problem.steps
+    print(f"{problem.title}, {arguments.problem}: {steps} steps of {problem.batch_size}, float32; grid on seed 0, then seeds 1 to 5")
+    result: dict[str, Any] = {"problem": arguments.problem, "steps": steps, "torch": torch.__version__, "kfcore": kf.__version__}
+    for name, grid in GRIDS.items():
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        tried = [(train(problem, data, name, point, 0, steps), point) for point in points]
+        for found, point in tried:
+            print(f"  {name:6} {point}  loss {found['loss']:.3e}  {problem.metric} {found['score']:.4f}")
+        _, best = min(tried, key=lambda run: run[0]["loss"])
+        runs = [train(problem, data, name, best, seed, steps) for seed in range(1, 6)]
+        losses, scores = ([run[key] for run in runs] for key in ("loss", "score"))
+        print(
+            f"{name:6} best {best}: loss {statistics.median(losses):.3e} ({min(losses):.3e} to {max(losses):.3e}), "
+            f"{problem.metric} {statistics.median(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})"
+        )
+        result[name] = {"grid": [point | found for found, point in tried], "best": best, "seeds": runs}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
