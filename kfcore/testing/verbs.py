@@ -38,14 +38,6 @@ def _in_form(form: str, x: np.ndarray) -> np.ndarray:
     return np.diagonal(x, axis1=-2, axis2=-1).copy() if form == "diagonal" else x
 
 
-def _table_factors(ids: np.ndarray, g: np.ndarray, num: int, padding: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """``A`` and ``G`` of a table from one-hot rows, without the positions that are padding."""
-    live = np.ones(ids.shape) if padding is None else (ids != padding).astype(float)
-    one_hot = (ids[..., None] == np.arange(num)) * live[..., None]
-    a = np.einsum("...nsi,...nsj->...ij", one_hot, one_hot) / live.sum(axis=(-2, -1))[..., None, None]
-    return a, np.einsum("...ns,...nsi,...nsj->...ij", live, g, g) / ids.shape[-2]
-
-
 class MethodTests:
     """KFAC and Diagonal through reduce, observe, refresh, precondition, dense."""
 
@@ -169,7 +161,7 @@ class MethodTests:
                 ids, g = rng.integers(0, 6, size=(*leading, 5, 3), dtype=np.int32), rng.normal(size=(*leading, 5, 3, 3))
                 ids[..., 0, :2] = options.get("padding", 0)
                 batches.append((ids, g))
-                expected.append(_table_factors(ids, g, 6, options.get("padding")))
+                expected.append(reference.table_factors(ids, g, 6, options.get("padding")))
             if fisher == "forward":
                 expected = [(a, np.broadcast_to(np.eye(3), g.shape)) for a, g in expected]
             self._check(KFAC(damping=damping, stats_decay=DECAY, fisher=fisher), layer, batches, expected, dtype, leading)
@@ -191,12 +183,8 @@ class MethodTests:
             batches, expected = [], []
             for _ in range(2):
                 x, g = rng.normal(size=(2, *leading, 5, 4, layer.size))
-                rows = [np.einsum("...nsc,...nsc->...nc", x, g), *([g.sum(axis=-2)] if layer.bias else [])]
-                rows = np.concatenate(rows, axis=-1)
-                moment = np.einsum("...ni,...nj->...ij", rows, rows) / 5
                 batches.append((x, g))
-                diagonal = moment * np.eye(moment.shape[-1])
-                expected.append((np.ones((*leading, 1, 1)), moment if layer.block == "full" else diagonal))
+                expected.append(reference.norm_factors(x, g, bias=layer.bias, full=layer.block == "full"))
             self._check(KFAC(damping=damping, stats_decay=DECAY), layer, batches, expected, "float64", leading)
 
     def test_table_and_norm_layers(self) -> None:

@@ -10,6 +10,7 @@ import kfcore as kf
 from kfcore import factors
 from kfcore.preconditioner import Preconditioner
 from kfcore.statistics import DiagonalMoment, rows_of
+from kfcore.testing.reference import tokens
 
 RTOL = 1e-10
 NUM, FEATURES = 6, 3
@@ -336,27 +337,8 @@ def text_params(rng, layout="io"):
     }
 
 
-def text_backward(params, ids, y, layout="io", padding=0):
-    """Gradients and records of the mean over examples of ``0.5 |f - y|^2``, ``f`` a dense layer on layer-normalised tokens."""
-    table = params["embed"]["weight"] if layout == "io" else params["embed"]["weight"].T
-    x = table[ids]
-    centred = x - x.mean(axis=-1, keepdims=True)
-    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
-    hat = centred / deviation
-    h = hat * params["norm"]["weight"] + params["norm"]["bias"]
-    live = (ids != padding)[..., None]
-    dz = (h @ params["head"]["weight"].T + params["head"]["bias"] - y) * live / len(ids)
-    dh = dz @ params["head"]["weight"]
-    dhat = dh * params["norm"]["weight"]
-    dx = (dhat - dhat.mean(axis=-1, keepdims=True) - hat * (dhat * hat).mean(axis=-1, keepdims=True)) / deviation
-    table_grad = np.zeros_like(table)
-    np.add.at(table_grad, ids, dx)
-    grads = {
-        "embed": {"weight": table_grad if layout == "io" else table_grad.T},
-        "norm": {"weight": (dh * hat).sum(axis=(0, 1)), "bias": dh.sum(axis=(0, 1))},
-        "head": {"weight": np.einsum("nso,nsi->oi", dz, h), "bias": dz.sum(axis=(0, 1))},
-    }
-    return grads, {"embed": (ids, dx), "norm": (hat, dh), "head": (h, dz)}
+def text_backward(params, ids, y, layout="io"):
+    return tokens(params, ids, y, 0, layout)
 
 
 def text_run(optimizer, params, state, batches, layout="io"):
