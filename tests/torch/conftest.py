@@ -83,9 +83,9 @@ def rebuilt(model, backward, **options):
     xp = kf._array.namespace(next(iter(layout.values().values())))
     sums, sizes, moments, reduce = {}, {}, {}, core.reduce
 
-    def record(state, name, inputs, output_grads, used=None):
-        found = reduce(state, name, inputs, output_grads, used=used)
-        for suffix, layer in (used or core.model.layers[name]).blocks().items():
+    def record(state, name, inputs, output_grads, use=None):
+        found = reduce(state, name, inputs, output_grads, use=use)
+        for suffix, layer in (use or core.model.layers[name]).blocks().items():
             a = layer.input_rows(xp, inputs, inputs.dtype)
             g, size = (layer.output_rows(xp, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
             sums[name + suffix] = sums.get(name + suffix, 0) + g.mT @ a
