@@ -7,7 +7,7 @@ from kfcore.curvature import KFAC, Cost, Diagonal, Method, Needs
 from kfcore.damping import Damping
 
 # models: layers, and the losses as the Fisher matrix sees them
-from kfcore.layers import Bias, Conv, Linear
+from kfcore.layers import Bias, Conv, Embedding, Linear, Norm
 from kfcore.losses import MSE, BCEWithLogits, CrossEntropy, CustomLoss, Loss, fisher_vectors
 from kfcore.model import Model
 
@@ -37,12 +37,14 @@ __all__ = [
     "CustomLoss",
     "Damping",
     "Diagonal",
+    "Embedding",
     "Linear",
     "Loss",
     "Method",
     "Model",
     "ModelOptimizer",
     "Needs",
+    "Norm",
     "Optimizer",
     "OptimizerState",
     "Preconditioner",

@@ -7,8 +7,9 @@ import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from kfcore import factors
 from kfcore._array import Array, Namespace, Schedule, choose, number, root, scalar
-from kfcore.linalg import FLOOR, eigh, mean_diagonal, trace
+from kfcore.factors import Form, Forms
 
 Kind = Literal["exact", "factored", "plain"]
 Norm = Literal["mean", "trace", "frobenius", "spectral", "median"]
@@ -69,23 +70,26 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ValueError(f"`{name}` must be {'zero or more' if zero else 'positive'}, got {value!r}")
 
 
-def strength(xp: Namespace, rule: Damping, value: float | Array, a: Array, g: Array | None) -> float | Array:
-    """``lambda`` of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]`` or one number for all."""
+def strength(xp: Namespace, rule: Damping, value: float | Array, forms: Forms, a: Array, g: Array | None) -> float | Array:
+    """``lambda`` of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]`` or one number for all.
+
+    ``forms`` are those of ``g`` and of ``a``, in this order.
+    """
     value = float(value) if isinstance(value, numbers.Real) else scalar(xp, value, a)
     if not rule.relative:
         return value
-    unit = number(xp, mean_diagonal(xp, a))
+    unit = number(xp, factors.mean(xp, forms[1], a))
     if g is not None:
-        unit = unit * number(xp, mean_diagonal(xp, g))
+        unit = unit * number(xp, factors.mean(xp, forms[0], g))
     # a block that has seen only zeros has no scale of its own: there lambda is absolute
     return choose(xp, unit > 0, value * unit, value)
 
 
-def split(xp: Namespace, rule: Damping, damping: float | Array, a: Array, g: Array) -> tuple[float | Array, float | Array]:
+def split(xp: Namespace, rule: Damping, damping: float | Array, forms: Forms, a: Array, g: Array) -> tuple[float | Array, float | Array]:
     """What the factored and the plain kind add to the diagonals of ``a`` and ``g``, each ``[...]`` or one number for all."""
     if rule.kind == "plain":
         return damping, damping
-    size_a, size_g = number(xp, size(xp, a, rule.norm)), number(xp, size(xp, g, rule.norm))
+    size_a, size_g = number(xp, size(xp, forms[1], a, rule.norm)), number(xp, size(xp, forms[0], g, rule.norm))
     usable = (size_a > 0) & (size_g > 0)
     # roots first: the quotient of the sizes themselves can leave the range of float32
     pi = root(xp, choose(xp, usable, size_a, 1.0)) / root(xp, choose(xp, usable, size_g, 1.0))
@@ -93,22 +97,14 @@ def split(xp: Namespace, rule: Damping, damping: float | Array, a: Array, g: Arr
     return pi * strong, strong / pi
 
 
-def size(xp: Namespace, x: Array, norm: Norm) -> Array:
-    """A norm of semi-definite ``x [..., n, n]``, ``[...]``."""
+def size(xp: Namespace, form: Form, x: Array, norm: Norm) -> Array:
+    """A norm of a semi-definite factor ``x``, ``[...]``."""
     if norm == "mean":
-        return mean_diagonal(xp, x)
+        return factors.mean(xp, form, x)
     if norm == "trace":
-        return trace(xp, x)
+        return factors.trace(xp, form, x)
     if norm == "frobenius":
-        # scaled by the trace, which bounds every entry, so that squares neither overflow nor vanish
-        total = trace(xp, x)
-        unit = xp.where(total > 0, total, xp.ones_like(total))
-        return total * xp.sqrt(xp.sum((x / unit[..., None, None]) ** 2, axis=(-2, -1)))
-    values, _, _ = eigh(xp, x)
-    if norm == "spectral":
-        return values[..., -1]
+        return factors.frobenius(xp, form, x)
+    values = factors.eigenvalues(xp, form, x)
     n = values.shape[-1]
-    median = 0.5 * (values[..., (n - 1) // 2] + values[..., n // 2])
-    # that of a factor without full rank is zero, which comes out as rounding noise
-    noise = FLOOR * xp.finfo(x.dtype).eps * values[..., -1]
-    return xp.where(median > noise, median, xp.zeros_like(median))
+    return values[..., -1] if norm == "spectral" else 0.5 * (values[..., (n - 1) // 2] + values[..., n // 2])

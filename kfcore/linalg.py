@@ -7,10 +7,13 @@ that a library may override (:func:`kfcore.register_kernel`); what stands here i
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
-from kfcore._array import Array, Namespace, cast, device, larger, number, primitive
+import numpy
+
+from kfcore._array import Array, Namespace, cast, device, larger, number, primitive, register_kernel
 
 FLOOR = 10.0
 """Least damping of a factor, in machine epsilons times its trace: below it the damped factor is not definite in practice."""
@@ -32,11 +35,6 @@ def identity(xp: Namespace, like: Array, n: int, leading: tuple[int, ...] = ()) 
     """Identity matrices ``[*leading, n, n]`` in the dtype and on the device of ``like``."""
     eye = xp.eye(n, dtype=like.dtype, device=device(like))
     return xp.broadcast_to(eye, (*leading, n, n)) + xp.zeros_like(eye) if leading else eye
-
-
-def mean_diagonal(xp: Namespace, x: Array) -> Array:
-    """Mean of the diagonal of ``x [..., n, n]``, shape ``[...]``: the mean eigenvalue of a symmetric matrix."""
-    return trace(xp, x) / x.shape[-1]
 
 
 def carried(xp: Namespace, damping: float | Array, size: float | Array, dtype: Any) -> float | Array:
@@ -151,3 +149,44 @@ def invert_all(xp: Namespace, matrices: list[Array]) -> list[tuple[Array, Array]
 def eigh_all(xp: Namespace, matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
     """:func:`eigh` of each, of any sizes."""
     return [eigh(xp, x) for x in matrices]
+
+
+@primitive
+def counts(xp: Namespace, ids: Array, num: int) -> Array:
+    """How often each of ``0, ..., num - 1`` occurs in the integers ``ids [..., n]``: ``[..., num]``, int32. Others count for nothing.
+
+    It is the diagonal of the second moment of the rows of the identity that ``ids`` name. By a sort, for want of a scatter in the standard.
+    """
+    flat, length = numbered(xp, ids, num)
+    edges = xp.searchsorted(xp.sort(flat), xp.arange(length + 1, dtype=flat.dtype, device=device(flat)))
+    return _per_row(xp, edges[1:] - edges[:-1], ids, num)
+
+
+def numbered(xp: Namespace, ids: Array, num: int) -> tuple[Array, int]:
+    """Every ``ids [..., n]`` as one vector of integers from 0 to ``length - 1``, and ``length``.
+
+    ``num + 1`` of them belong to each row of ``ids``, the last to all that is outside of 0 to ``num - 1``.
+    """
+    rows = math.prod(ids.shape[:-1])
+    length = rows * (num + 1)
+    wide = xp.int32 if length < 2**31 else xp.int64
+    if xp.iinfo(ids.dtype).max < num:
+        ids = xp.astype(ids, wide)
+    # compared as they came: what does not fit into 32 bits must not wrap around into the table
+    inside = xp.astype(xp.where((ids >= 0) & (ids < num), ids, xp.full_like(ids, num)), wide)
+    offsets = (num + 1) * xp.arange(rows, dtype=wide, device=device(ids))
+    return xp.reshape(xp.reshape(inside, (rows, ids.shape[-1])) + offsets[:, None], (rows * ids.shape[-1],)), length
+
+
+def _per_row(xp: Namespace, found: Array, ids: Array, num: int) -> Array:
+    """Counts of all that :func:`numbered` numbers as ``[..., num]``."""
+    found = xp.reshape(xp.astype(found, xp.int32), (math.prod(ids.shape[:-1]), num + 1))
+    return xp.reshape(found[:, :num], (*ids.shape[:-1], num))
+
+
+def _numpy_counts(xp: Namespace, ids: Array, num: int) -> Array:
+    flat, length = numbered(xp, ids, num)
+    return _per_row(xp, numpy.bincount(flat, minlength=length), ids, num)
+
+
+register_kernel("counts", "numpy", _numpy_counts)

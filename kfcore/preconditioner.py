@@ -155,7 +155,8 @@ class Preconditioner:
         for name, block in self.blocks.items():
             alone = name if isinstance(block.layer, Tensor) or block.leading else None
             weight = state.blocks[name].average.weight
-            groups.setdefault((alone, block.layer.shape, block.method, str(weight.dtype), str(device(weight))), []).append(name)
+            geometry = block.layer.shape, block.layer.forms
+            groups.setdefault((alone, geometry, block.method, str(weight.dtype), str(device(weight))), []).append(name)
         return list(groups.values())
 
     def _due(self, state: PreconditionerState, count: Any, first: Any) -> list[tuple[Any, list[list[str]]]]:

@@ -7,7 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from kfcore._array import Array, Namespace, device, finite, namespace, number, own, scalar, truth
+from kfcore._array import Array, Namespace, cast, device, finite, namespace, number, own, scalar, truth
+from kfcore.layers import Layer
 from kfcore.linalg import absorb, blend, energy, gram, trace
 
 Number: TypeAlias = Any
@@ -43,6 +44,80 @@ class Moment(NamedTuple):
         """The sum as one matrix ``[..., d, d]``."""
         return _plus(self.matrix, None if self.rows is None else gram(namespace(self.rows), self.rows))
 
+    def mapped(self, function: Callable[[Array], Array]) -> Moment:
+        """The moment with a linear ``function`` of its matrix."""
+        return Moment(function(self.whole()))
+
+    def trace(self, xp: Namespace) -> Array:
+        """Trace of the sum, ``[...]``."""
+        if self.matrix is None:
+            return energy(xp, self.rows)
+        return trace(xp, self.matrix) if self.rows is None else trace(xp, self.matrix) + energy(xp, self.rows)
+
+    def into(self, xp: Namespace, old: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
+        """``keep old + weight sum`` where ``ok``, else ``old``, as :func:`kfcore.linalg.blend`."""
+        if self.matrix is None:
+            return absorb(xp, old, self.rows, keep, weight, ok)
+        return blend(xp, old, self.whole(), keep, weight, ok)
+
+
+class DiagonalMoment(NamedTuple):
+    """The diagonal of a sum of outer products alone: sums of the squares of rows, feature by feature. Adding two gives that of all rows."""
+
+    values: Array
+    """``[..., d]``."""
+
+    def __add__(self, other: DiagonalMoment) -> DiagonalMoment:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return DiagonalMoment(self.values + other.values)
+
+    def whole(self) -> Array:
+        """The diagonal, ``[..., d]``."""
+        return self.values
+
+    def mapped(self, function: Callable[[Array], Array]) -> DiagonalMoment:
+        """The moment with a linear ``function`` of its diagonal."""
+        return DiagonalMoment(function(self.values))
+
+    def trace(self, xp: Namespace) -> Array:
+        """Trace of the sum, ``[...]``."""
+        return xp.sum(self.values, axis=-1)
+
+    def into(self, xp: Namespace, old: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
+        """``keep old + weight sum`` where ``ok``, else ``old``, as :func:`kfcore.linalg.blend`."""
+        return blend(xp, old[..., None], self.values[..., None], keep, weight, ok)[..., 0]
+
+
+def input_moment(xp: Namespace, layer: Layer, inputs: Array, dtype: object) -> tuple[Moment | DiagonalMoment, Number]:
+    """Second moment of the input rows of ``layer``, in the form of its factor, and their number."""
+    count = layer.input_count(inputs)
+    rows = float(count) if isinstance(count, int) else number(xp, cast(xp, count, dtype))
+    if layer.forms[1] == "diagonal":
+        return DiagonalMoment(layer.input_gram(xp, inputs, dtype)), rows
+    if isinstance(count, int) and count <= layer.shape[1]:
+        return Moment.of(xp, layer.input_rows(xp, inputs, dtype), inputs), rows
+    return Moment(layer.input_gram(xp, inputs, dtype)), rows
+
+
+def output_moment(
+    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None
+) -> tuple[Moment | DiagonalMoment, Number]:
+    """Second moment of the output rows of ``layer``, in the form of its factor, and the number of examples.
+
+    Raises
+    ------
+    ValueError
+        If the layer makes these rows of the inputs too, and they are not given.
+    """
+    if layer.together and inputs is None:
+        raise ValueError(
+            f"`inputs` must be given with `output_grads` in one call: {type(layer).__name__} makes its output factor of both, got None"
+        )
+    rows = layer.output_rows(xp, output_grads, dtype, inputs)
+    examples = float(output_grads.shape[-3])
+    if layer.forms[0] == "diagonal":
+        return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
+    return Moment.of(xp, rows, output_grads), examples
+
 
 class KroneckerStatistics(NamedTuple):
     """Sums behind the two factors of a Kronecker block. Adding two gives those of the larger batch.
@@ -50,23 +125,23 @@ class KroneckerStatistics(NamedTuple):
     ``A = input_sum / input_count`` and ``G = output_sum / output_count``; a side that was not captured is ``None``.
     """
 
-    inputs: Moment | None
+    inputs: Moment | DiagonalMoment | None
     """Sum of ``a a^T`` over the rows."""
     input_count: Number
-    """Number of rows: N S for expand, N for reduce."""
-    outputs: Moment | None
+    """Number of rows: N S for expand (without padding), N for reduce. It may be ``[...]``, one a stacked layer."""
+    outputs: Moment | DiagonalMoment | None
     """Sum of ``g g^T``."""
     output_count: Number
     """Number of examples N, or what :meth:`over` put there."""
 
     @property
     def input_sum(self) -> Array | None:
-        """``[..., in, in]``."""
+        """``[..., in, in]``, or the diagonal ``[..., in]``."""
         return None if self.inputs is None else self.inputs.whole()
 
     @property
     def output_sum(self) -> Array | None:
-        """``[..., out, out]``."""
+        """``[..., out, out]``, or the diagonal ``[..., out]``."""
         return None if self.outputs is None else self.outputs.whole()
 
     def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -87,11 +162,11 @@ class KroneckerStatistics(NamedTuple):
 
     def weighing(self, share: Number) -> KroneckerStatistics:
         """The same statistics with ``output_sum`` times ``share``."""
-        return self if self.outputs is None else self._replace(outputs=Moment(self.outputs.whole() * share))
+        return self if self.outputs is None else self._replace(outputs=self.outputs.mapped(lambda whole: whole * share))
 
     def across(self, total: Callable[[Any], Any]) -> KroneckerStatistics:
         """Sums over the ranks of a batch that is spread over them: ``total`` sums an array or a number."""
-        inputs, outputs = (None if side is None else Moment(total(side.whole())) for side in (self.inputs, self.outputs))
+        inputs, outputs = (None if side is None else side.mapped(total) for side in (self.inputs, self.outputs))
         return KroneckerStatistics(inputs, total(self.input_count), outputs, total(self.output_count))
 
 
@@ -110,7 +185,9 @@ class GradientRows(NamedTuple):
 def rows_of(statistics: KroneckerStatistics, scale: Number) -> GradientRows | None:
     """The rows in statistics of one step, if all are there and each side's belong to the other's."""
     a, g = statistics.inputs, statistics.outputs
-    if a is None or g is None or a.rows is None or g.rows is None or a.matrix is not None or g.matrix is not None:
+    if not isinstance(a, Moment) or not isinstance(g, Moment):
+        return None
+    if a.rows is None or g.rows is None or a.matrix is not None or g.matrix is not None:
         return None
     return GradientRows(g.rows, a.rows, scale) if a.rows.shape[:-1] == g.rows.shape[:-1] else None
 
@@ -156,7 +233,7 @@ class RunningAverage(NamedTuple):
     weight: Array
     """``[...]``, zero before the first observation."""
     values: tuple[Any, ...]
-    """Matrices ``[..., m, n]``; ``None`` marks a value that is never observed."""
+    """Factors ``[..., n, n]`` or ``[..., n]``, or other arrays; ``None`` marks a value that is never observed."""
 
 
 def unseen(xp: Namespace, like: Array, shapes: tuple[tuple[int, ...] | None, ...], leading: tuple[int, ...] = ()) -> RunningAverage:
@@ -171,7 +248,7 @@ def unseen(xp: Namespace, like: Array, shapes: tuple[tuple[int, ...] | None, ...
 def observe(
     xp: Namespace,
     average: RunningAverage,
-    totals: tuple[Array | Moment | None, ...],
+    totals: tuple[Array | Moment | DiagonalMoment | None, ...],
     counts: tuple[Number, ...],
     decay: float | Array,
     size: Callable[[Array], Array] | None = None,
@@ -183,7 +260,7 @@ def observe(
     semi-definite, and a finite trace bounds all their entries, so that it is looked at instead of n^2 numbers; for arrays of another
     kind give ``size``, a sum of all entries.
     """
-    measure: Callable[[Any], Array] = functools.partial(_trace, xp) if size is None else size
+    measure: Callable[[Any], Array] = (lambda total: total.trace(xp)) if size is None else size
     parts, positive = [], True
     for value, total, count in zip(average.values, totals, counts, strict=True):
         if value is not None:
@@ -206,20 +283,11 @@ def observe(
     return RunningAverage(grown if ok is True else xp.where(ok, grown, average.weight), values), ok
 
 
-def _trace(xp: Namespace, total: Moment) -> Array:
-    """Trace of a moment, ``[...]``."""
-    if total.matrix is None:
-        return energy(xp, total.rows)
-    return trace(xp, total.matrix) if total.rows is None else trace(xp, total.matrix) + energy(xp, total.rows)
-
-
-def _blend(xp: Namespace, old: Array, total: Array | Moment, keep: Any, weight: Any, ok: bool | Array) -> Array:
+def _blend(xp: Namespace, old: Array, total: Array | Moment | DiagonalMoment, keep: Any, weight: Any, ok: bool | Array) -> Array:
     """``keep old + weight total`` where ``ok``, else ``old``."""
-    if not isinstance(total, Moment):
-        return blend(xp, old, total, keep, weight, ok)
-    if total.matrix is None:
-        return absorb(xp, old, total.rows, keep, weight, ok)
-    return blend(xp, old, total.whole(), keep, weight, ok)
+    if isinstance(total, Moment | DiagonalMoment):
+        return total.into(xp, old, keep, weight, ok)
+    return blend(xp, old, total, keep, weight, ok)
 
 
 def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]:

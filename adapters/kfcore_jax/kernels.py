@@ -134,6 +134,13 @@ def together(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def counts(xp: Any, ids: jax.Array, num: int) -> jax.Array:
+    """By a sum at places; one beyond the last takes what is no row of the table."""
+    flat, length = linalg.numbered(xp, ids, num)
+    found = jnp.zeros(length, jnp.int32).at[flat].add(1, mode="promise_in_bounds")
+    return found.reshape(*ids.shape[:-1], num + 1)[..., :num]
+
+
 def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """By a scan over the groups of examples that the reference goes through one by one, so that programs stay small.
 
@@ -160,7 +167,7 @@ def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    for kernel in (gram, thin_product, invert, patch_moments):
+    for kernel in (gram, thin_product, invert, counts, patch_moments):
         register_kernel(kernel.__name__, "jax", kernel)
     register_kernel("invert_all", "jax", together(invert))
     register_kernel("eigh_all", "jax", together(linalg.eigh))

@@ -115,6 +115,14 @@ def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.clamp(min=0.0), vectors.contiguous(), torch.isfinite(values.sum(dim=-1))
 
 
+def counts(xp: Any, ids: Tensor, num: int) -> Tensor:
+    """By a sum at places, whose result has a known size: that of ``torch.bincount`` has not, for which a GPU would be waited for."""
+    ids = ids.to(torch.int64)
+    places = torch.where((ids >= 0) & (ids < num), ids, num)
+    zeros = torch.zeros((*ids.shape[:-1], num + 1), dtype=torch.int32, device=ids.device)
+    return zeros.scatter_add(-1, places, torch.ones_like(places, dtype=torch.int32))[..., :num]
+
+
 def patches(xp: Any, x: Tensor, window: Window) -> Tensor:
     """In one copy of a view, which moves whole rows of the kernel at once: up to thirty times as fast as a stack of slices."""
     lead = x.ndim - 1 - window.axes
@@ -127,7 +135,7 @@ def patches(xp: Any, x: Tensor, window: Window) -> Tensor:
 
 def register() -> None:
     """Make the core use these for torch tensors."""
-    for kernel in (truth, number, append, energy, absorb, blend, trace, total, scale_all, shift, sandwich, invert, eigh, patches):
+    for kernel in (truth, number, append, energy, absorb, blend, trace, total, scale_all, shift, sandwich, invert, eigh, counts, patches):
         register_kernel(kernel.__name__, "torch", kernel)
 
 

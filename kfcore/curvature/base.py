@@ -170,9 +170,18 @@ def _given(name: str, field: str, configured: Any, value: Any) -> Any:
     return configured
 
 
-def check_captured(name: str, x: Array, like: Array) -> Namespace:
-    """Raise unless ``x`` is a real floating ``[..., N, S, features]`` of the library of ``like``; its namespace otherwise."""
+def check_captured(name: str, x: Array, like: Array, kind: Literal["features", "ids"] = "features") -> Namespace:
+    """Raise unless ``x`` is of the library of ``like`` and of its kind; its namespace otherwise.
+
+    The kinds are those of :class:`kfcore.layers.Layer`: real floating ``[..., N, S, features]``, or integers ``[..., N, S]``.
+    """
     xp = namespace(x, like)
+    if kind == "ids":
+        if x.ndim < 2:
+            raise ValueError(f"`{name}` must have shape [..., N, S], got {tuple(x.shape)}")
+        if not xp.isdtype(x.dtype, "integral"):
+            raise TypeError(f"`{name}` must be integers, got {x.dtype}")
+        return xp
     if x.ndim < 3:
         raise ValueError(f"`{name}` must have shape [..., N, S, features], got {tuple(x.shape)}")
     if not is_real_floating(xp, x):

@@ -10,6 +10,7 @@ from kfcore._array import Array, Namespace, cast, device, factor_dtype, is_real_
 from kfcore.curvature.base import Cost, Method, Needs, count_failure
 from kfcore.damping import check_positive
 from kfcore.layers import Layer
+from kfcore.layers.base import Plain
 from kfcore.statistics import GradientRows, GradientStatistics, RunningAverage, observe
 
 
@@ -27,7 +28,7 @@ class DiagonalState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(Plain):
     """A parameter of any shape that has no layer geometry."""
 
     size: tuple[int, ...]
@@ -46,7 +47,7 @@ class Tensor:
         """Not defined: nothing is captured of such a parameter."""
         raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
         """Not defined either."""
         raise TypeError("a parameter outside every layer has no output gradients; reduce its gradient instead")
 

@@ -11,24 +11,29 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
+from kfcore import factors
 from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar, truth
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
+from kfcore.factors import MATRICES, Form, Forms, sandwich
 from kfcore.layers import Layer
-from kfcore.linalg import carried, damped, eigh_all, identity, invert_all, kron, sandwich, thin_product
-from kfcore.statistics import GradientRows, KroneckerStatistics, Moment, RunningAverage, observe, spans, unseen
+from kfcore.linalg import carried, identity, kron, thin_product
+from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, input_moment, observe, output_moment, spans, unseen
 
 
 class Inverses(NamedTuple):
-    """Damped inverse factors; ``None`` stands for the identity."""
+    """Damped inverse factors, each in the form of the factor (see :mod:`kfcore.factors`); ``None`` stands for the identity."""
 
     input: Array
     output: Array | None
 
 
 class Eigenbases(NamedTuple):
-    """Eigendecomposed factors and the damping they are applied with; ``None`` stands for the identity."""
+    """Eigendecomposed factors and the damping they are applied with; ``None`` stands for the identity.
 
-    input_basis: Array
+    A factor of diagonal form has its own entries for values, in their order, and the identity for a basis.
+    """
+
+    input_basis: Array | None
     input_values: Array
     output_basis: Array | None
     output_values: Array | None
@@ -39,7 +44,10 @@ class KFACState(NamedTuple):
     """State of a KFAC block; every array may have leading axes that stack equal layers."""
 
     average: RunningAverage
-    """Running averages of ``A [..., in, in]`` and ``G [..., out, out]`` (``None`` for the forward-only Fisher)."""
+    """Running averages of ``A [..., in, in]`` and ``G [..., out, out]`` (``None`` for the forward-only Fisher).
+
+    A factor that the layer says is diagonal is the vector ``[..., in]`` or ``[..., out]``.
+    """
     solver: Inverses | Eigenbases
     """What is applied. Before the first refresh it gives back the gradient."""
     dropped: Array
@@ -57,31 +65,35 @@ class KFAC(Method):
     With ``fisher="forward"`` ``G`` is the identity and the method is FOOF (Benzing 2022).
 
     Prefer it for dense and convolutional networks up to a few thousand features a layer. A state holds ``2 (in^2 + out^2)``
-    numbers; a refresh costs ``in^3 + out^3``, a step ``2 in out (in + out)`` operations.
+    numbers; a refresh costs ``in^3 + out^3``, a step ``2 in out (in + out)`` operations. A side whose factor is diagonal (the input of an
+    embedding, both of a normalisation) has ``2 n`` numbers in place of ``2 n^2`` and costs ``n`` and ``in out``.
     """
 
     name: ClassVar[str] = "kfac"
 
     def requires(self, layer: Layer) -> Needs:
-        """Inputs, and output gradients unless the Fisher type is forward-only; not necessarily at once."""
-        return Needs.INPUTS if self.fisher == "forward" else Needs.INPUTS | Needs.OUTPUT_GRADS
+        """Inputs, and output gradients unless the Fisher type is forward-only; at once only if the layer says so."""
+        if self.fisher == "forward":
+            return Needs.INPUTS
+        return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
 
     def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> KFACState:
         """Empty averages and a solver that is the identity."""
         xp = namespace(like)
-        out, inp = layer.shape
         like = xp.zeros((), dtype=factor_dtype(xp, like.dtype), device=device(like))
-        sides = ((inp, inp), None if self.fisher == "forward" else (out, out))
-        left = None if self.fisher == "forward" else identity(xp, like, out, leading)
-        right = identity(xp, like, inp, leading)
+        (output, inp), (rows, columns), forward = layer.forms, layer.shape, self.fisher == "forward"
+        shapes = (factors.shape(inp, columns), None if forward else factors.shape(output, rows))
+        left = None if forward else factors.identity(xp, output, like, rows, leading)
+        right = factors.identity(xp, inp, like, columns, leading)
         if self.rule.kind == "exact":
             zero = xp.zeros(leading, dtype=like.dtype, device=device(like))
-            ones = [None if s is None else xp.ones((*leading, s[0]), dtype=like.dtype, device=device(like)) for s in sides]
-            solver = Eigenbases(right, ones[0], left, ones[1], zero)
+            ones = [None if s is None else factors.identity(xp, "diagonal", like, s[0], leading) for s in shapes]
+            bases = [None if form == "diagonal" else basis for form, basis in ((inp, right), (output, left))]
+            solver = Eigenbases(bases[0], ones[0], bases[1], ones[1], zero)
         else:
             solver = Inverses(right, left)
         counter = xp.zeros(leading, dtype=xp.int32, device=device(like))
-        return KFACState(unseen(xp, like, sides, leading), solver, counter, counter)
+        return KFACState(unseen(xp, like, shapes, leading), solver, counter, counter)
 
     def reduce(
         self,
@@ -93,19 +105,19 @@ class KFAC(Method):
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> KroneckerStatistics:
-        """Second moments of the rows; a side that is not given is left out and can be added later by ``+``."""
+        """Second moments of the rows; a side that is not given is left out and can be added later by ``+``.
+
+        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call.
+        """
         dtype = state.average.weight.dtype
         a = g = None
         rows = examples = 0.0
         if inputs is not None:
-            xp = check_captured("inputs", inputs, state.average.weight)
-            count = layer.input_count(inputs)
-            rows, few = float(count), count <= layer.shape[1]
-            a = Moment.of(xp, layer.input_rows(xp, inputs, dtype), inputs) if few else Moment(layer.input_gram(xp, inputs, dtype))
+            xp = check_captured("inputs", inputs, state.average.weight, layer.input_kind)
+            a, rows = input_moment(xp, layer, inputs, dtype)
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, state.average.weight)
-            g = layer.output_rows(xp, output_grads, dtype)
-            examples, g = float(output_grads.shape[-3]), Moment.of(xp, g, output_grads)
+            g, examples = output_moment(xp, layer, output_grads, dtype, inputs)
         return KroneckerStatistics(a, rows, g, examples)
 
     def observe(self, state: KFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> KFACState:
@@ -128,14 +140,14 @@ class KFAC(Method):
     ) -> list[KFACState]:
         """:meth:`refresh` of several blocks, whose factors the library may take together."""
         xp = namespace(states[0].average.weight)
-        factorise: Any = eigh_all if self.rule.kind == "exact" else invert_all
+        factorise: Any = factors.eigh_all if self.rule.kind == "exact" else factors.invert_all
         solver_of: Any = self._eigenbases if self.rule.kind == "exact" else self._inverses
-        sides: list[Any] = [state.average.values for state in states]
-        values = [damp.strength(xp, self.rule, self._damping(d), a, g) for (a, g), d in zip(sides, dampings, strict=True)]
-        matrices = [self._matrices(xp, a, g, value) for (a, g), value in zip(sides, values, strict=True)]
-        found = iter(factorise(xp, [matrix for of_block in matrices for matrix in of_block]))
-        fresh = []
-        for state, (a, g), value, of_block in zip(states, sides, values, matrices, strict=True):
+        sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
+        values = [damp.strength(xp, self.rule, self._damping(d), *side) for side, d in zip(sides, dampings, strict=True)]
+        dampable = [self._dampable(xp, forms, a, g, value) for (forms, a, g), value in zip(sides, values, strict=True)]
+        found = iter(factorise(xp, [factor for of_block in dampable for factor in of_block]))
+        fresh: list[KFACState] = []
+        for state, (_, a, g), value, of_block in zip(states, sides, values, dampable, strict=True):
             solver, ok = solver_of(xp, a, g, value, [next(found) for _ in of_block])
             ok = truth(xp, ok & (state.average.weight > 0))
             fresh.append(state._replace(solver=select(xp, ok, solver, state.solver), kept=count_failure(xp, state.kept, ok)))
@@ -152,51 +164,60 @@ class KFAC(Method):
         grad = cast(xp, grad, state.average.weight.dtype)
         solver = state.solver
         if isinstance(solver, Inverses):
-            if solver.output is None:
-                return grad @ solver.input
             return self._two_sided(xp, layer, solver.output, grad, solver.input, rows)
-        if solver.output_basis is None or solver.output_values is None:
-            scale = solver.input_values[..., None, :] + solver.damping[..., None, None]
-            return sandwich(xp, grad, solver.input_basis, solver.input_basis.mT / scale.mT)
-        rotated = self._two_sided(xp, layer, solver.output_basis.mT, grad, solver.input_basis, rows)
-        scale = solver.output_values[..., :, None] * solver.input_values[..., None, :] + solver.damping[..., None, None]
-        return sandwich(xp, solver.output_basis, rotated / scale, solver.input_basis.mT)
+        left, right = solver.output_basis, solver.input_basis
+        scale = solver.input_values[..., None, :] + solver.damping[..., None, None]
+        if solver.output_values is None and right is not None:
+            return sandwich(xp, MATRICES, grad, right, right.mT / scale.mT)
+        if solver.output_values is not None:
+            scale = solver.output_values[..., :, None] * solver.input_values[..., None, :] + solver.damping[..., None, None]
+        rotated = self._two_sided(xp, layer, _transposed(left), grad, right, rows)
+        return sandwich(xp, layer.forms, left, rotated / scale, _transposed(right))
 
     @staticmethod
-    def _two_sided(xp: Namespace, layer: Layer, left: Array, grad: Array, right: Array, rows: GradientRows | None) -> Array:
+    def _two_sided(xp: Namespace, layer: Layer, left: Array | None, grad: Array, right: Array | None, rows: GradientRows | None) -> Array:
         """``left grad right``, by the rows of the gradient where that is cheaper by a quarter at least."""
-        if rows is not None:
+        if rows is not None and left is not None and right is not None and layer.forms == MATRICES:
             (out, inp), n = layer.shape, rows.inputs.shape[-2]
             cheaper = n * (out * out + inp * inp + out * inp) < 0.75 * out * inp * (out + inp)
             if cheaper and (rows.known or (readable(xp, grad) and spans(xp, rows, grad) is True)):
                 return thin_product(xp, rows.scale * (rows.output_grads @ left.mT), rows.inputs @ right)
-        return sandwich(xp, left, grad, right)
+        return sandwich(xp, layer.forms, left, grad, right)
 
     def dense(self, layer: Layer, state: KFACState) -> Array:
         """``G (x) A`` from the running averages."""
         xp = namespace(state.average.weight)
         a, g = state.average.values
-        return kron(xp, identity(xp, a, layer.shape[0]) if g is None else g, a)
+        output, inp = layer.forms
+        left = identity(xp, a, layer.shape[0]) if g is None else factors.dense(xp, output, g)
+        return kron(xp, left, factors.dense(xp, inp, a))
 
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
         """Exact bytes; operations to leading order, an inverse counted as n^3 and an eigendecomposition as 9 n^3."""
         out, inp = layer.shape
-        sides = [inp] if self.fisher == "forward" else [inp, out]
         exact = self.rule.kind == "exact"
-        numbers = 1 + sum(2 * n * n + exact * n for n in sides) + exact
-        apply = 2.0 * out * inp * sum(sides) * (2 if exact else 1)
-        return Cost(itemsize * numbers + 8, sum(2.0 * n * n for n in sides), sum((9.0 if exact else 1.0) * n**3 for n in sides), apply)
+        sides = list(zip(layer.forms, layer.shape, strict=True))[1 if self.fisher == "forward" else 0 :]
+        matrices, vectors = ([n for form, n in sides if form == kind] for kind in ("matrix", "diagonal"))
+        numbers = 1 + exact + sum(2 * n * n + exact * n for n in matrices) + sum(2 * n for n in vectors)
+        reduce = sum(2.0 * n * n for n in matrices) + sum(1.0 if layer.input_kind == "ids" else 2.0 * n for n in vectors)
+        refresh = sum((9.0 if exact else 1.0) * n**3 for n in matrices) + sum(2.0 * n for n in vectors)
+        # exact damping applies bases to both sides of the gradient twice, and divides in between whatever the forms are
+        apply = 2.0 * out * inp * sum(matrices) * (2 if exact else 1) + out * inp * (0 if exact else len(vectors))
+        return Cost(itemsize * numbers + 8, reduce, refresh, apply)
 
-    def _matrices(self, xp: Namespace, a: Array, g: Array | None, value: float | Array) -> list[Array]:
-        """What is to be factorised: the factors, or the damped factors."""
+    def _dampable(self, xp: Namespace, forms: Forms, a: Array, g: Array | None, value: float | Array) -> list[tuple[Form, Array]]:
+        """What is to be factorised, each with its form: the factors, or the damped factors."""
+        output, inp = forms
         if self.rule.kind == "exact":
-            return [a] if g is None else [a, g]
+            return [(inp, a)] if g is None else [(inp, a), (output, g)]
         if g is None:
-            return [damped(xp, a, value)]
+            return [(inp, factors.damped(xp, inp, a, value))]
         if self._scalar(a, g):
-            return [damped(xp, a * g, value)]
-        damping_a, damping_g = damp.split(xp, self.rule, value, a, g)
-        return [damped(xp, a, damping_a), damped(xp, g, damping_g)]
+            if g.shape[-1] == 1:
+                return [(inp, factors.damped(xp, inp, factors.times(inp, a, factors.first(output, g)), value))]
+            return [(output, factors.damped(xp, output, factors.times(output, g, factors.first(inp, a)), value))]
+        damping_a, damping_g = damp.split(xp, self.rule, value, forms, a, g)
+        return [(inp, factors.damped(xp, inp, a, damping_a)), (output, factors.damped(xp, output, g, damping_g))]
 
     def _inverses(self, xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Inverses, Array]:
         (first, ok), (last, ok_last) = found[0], found[-1]
@@ -214,13 +235,18 @@ class KFAC(Method):
     @staticmethod
     def _eigenbases(xp: Namespace, a: Array, g: Array | None, value: float | Array, found: list[Any]) -> tuple[Eigenbases, Array]:
         values_a, basis_a, ok = found[0]
+        top = xp.max(values_a, axis=-1)
         if g is None:
-            return Eigenbases(basis_a, values_a, None, None, _carried(xp, value, values_a[..., -1])), ok
+            return Eigenbases(basis_a, values_a, None, None, _carried(xp, value, top)), ok
         values_g, basis_g, ok_g = found[1]
-        value = _carried(xp, value, values_a[..., -1] * values_g[..., -1])
+        value = _carried(xp, value, top * xp.max(values_g, axis=-1))
         return Eigenbases(basis_a, values_a, basis_g, values_g, value), ok & ok_g
 
 
 def _carried(xp: Namespace, damping: float | Array, size: Array) -> Array:
     """:func:`carried` as an array ``[...]``."""
     return scalar(xp, carried(xp, damping, size, size.dtype), size)
+
+
+def _transposed(basis: Array | None) -> Array | None:
+    return None if basis is None else basis.mT

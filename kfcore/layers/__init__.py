@@ -4,10 +4,13 @@ Conventions of the whole library, written once
 ----------------------------------------------
 * Captured arrays are ``inputs [N, S, in]`` and ``output_grads [N, S, out]``: N examples, S shared positions (tokens, pixels,
   uses of a tied weight; 1 where none). Verbs allow further leading axes that stack layers of equal shape.
+  Inputs of a table are ids, integers ``[N, S]``. Inputs of a normalisation are what was normalised, before scale and shift.
   Inputs of a convolution keep their spatial axes, ``[N, *spatial, in]``; its rows are the patches that its S outputs see.
 * ``output_grads`` are gradients of the *per-example* loss, not divided by N.
 * A weight is a matrix ``[out, in]``; a joint bias is its last column, and the inputs get a last feature that is 1.
   A kernel is ``[out, in x kernel]``, and with groups ``[groups, out / groups, in / groups x kernel]``: groups stack as layers do.
+  A table is ``[features, num]``, the matrix of its one-hot rows. Scale and shift are one column ``[2 features, 1]`` whose input is 1.
+* A factor that is diagonal (counts of tokens, mean squares) is the vector of its diagonal, see :mod:`kfcore.factors`.
 * Kronecker products are row-major: ``F ~= G (x) A``, ``(G (x) A) vec(X) = vec(G X A^T)``.
 * Scale: ``A`` is the mean over N and S of ``a a^T``; ``G`` the mean over N of the sum over S of ``g g^T`` (*expand*).
   With *reduce*, inputs (patches) are averaged and output gradients summed over S first.
@@ -18,6 +21,8 @@ positions (language models, segmentation), reduce where the network averages pos
 
 from kfcore.layers.base import Layer, Parameters, Sharing, check_layers
 from kfcore.layers.conv import Conv
+from kfcore.layers.embedding import Embedding
 from kfcore.layers.linear import Bias, Linear
+from kfcore.layers.norm import Norm
 
-__all__ = ["Bias", "Conv", "Layer", "Linear", "Parameters", "Sharing", "check_layers"]
+__all__ = ["Bias", "Conv", "Embedding", "Layer", "Linear", "Norm", "Parameters", "Sharing", "check_layers"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, runtime_checkable
 
 from kfcore._array import Array, Namespace
+from kfcore.factors import MATRICES, Forms
 
 Sharing = Literal["expand", "reduce"]
 Parameters = Mapping[str, Array]
@@ -27,24 +28,61 @@ class Layer(Protocol):
         """Leading axes that hold independent layers of this shape."""
         ...
 
+    @property
+    def forms(self) -> Forms:
+        """Forms ``(output, input)`` of the factors, see :mod:`kfcore.factors`; ``("matrix", "matrix")`` unless a factor is diagonal."""
+        ...
+
+    @property
+    def input_kind(self) -> Literal["features", "ids"]:
+        """What ``inputs`` hold: features ``[..., N, S, in]``, or ``[..., N, S]`` integers, each a place in a table."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether :meth:`output_rows` are made of the inputs too, so that both must come in one call."""
+        ...
+
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
         """Rows ``[..., n, columns]`` whose second moment is the input factor, from ``inputs [..., N, S, in]``."""
         ...
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
-        """Rows ``[..., n, rows]`` whose second moment is the output factor, from ``output_grads [..., N, S, out]``."""
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+        """Rows ``[..., n, rows]`` whose second moment is the output factor, from ``output_grads [..., N, S, out]``.
+
+        ``inputs`` are those of the same positions, which only a layer that wants them :attr:`together` looks at.
+        """
         ...
 
-    def input_count(self, inputs: Array) -> int:
-        """Number n of these rows."""
+    def input_count(self, inputs: Array) -> int | Array:
+        """Number n of :meth:`input_rows`; an array ``[...]`` where it depends on what ``inputs`` hold."""
         ...
 
     def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
-        """Sum of ``a a^T`` over the rows of :meth:`input_rows`, ``[..., columns, columns]``.
+        """Sum of ``a a^T`` over the rows of :meth:`input_rows`, ``[..., columns, columns]``, or its diagonal where that is the form.
 
         A layer that can do so computes it without holding the rows.
         """
         ...
+
+
+class Plain:
+    """What most layers say: both factors are matrices, inputs are features, and each side is reduced by itself."""
+
+    @property
+    def forms(self) -> Forms:
+        """Two matrices."""
+        return MATRICES
+
+    @property
+    def input_kind(self) -> Literal["features", "ids"]:
+        """Features."""
+        return "features"
+
+    @property
+    def together(self) -> bool:
+        """No."""
+        return False
 
 
 def check_layers(layers: Mapping[str, object]) -> None:
@@ -66,3 +104,26 @@ def positions(xp: Namespace, name: str, x: Array, stack: tuple[int, ...], featur
 def merge(xp: Namespace, x: Array) -> Array:
     """``x [..., N, S, d]`` as rows ``[..., N S, d]``."""
     return xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+
+
+def flat_positions(xp: Namespace, name: str, ids: Array, stack: tuple[int, ...]) -> Array:
+    """``ids [*stack, N, ...]`` as ``[*stack, N, S]``."""
+    lead = len(stack)
+    if not xp.isdtype(ids.dtype, "integral"):
+        raise TypeError(f"`{name}` must be integers, got {ids.dtype}")
+    if ids.ndim < lead + 1 or tuple(ids.shape[:lead]) != stack:
+        axes = "".join(f"{n}, " for n in stack)
+        raise ValueError(f"`{name}` must have shape [{axes}N, ...], got {tuple(ids.shape)}")
+    return xp.reshape(ids, (*ids.shape[: lead + 1], math.prod(ids.shape[lead + 1 :])))
+
+
+def checked_int(name: str, kind: str, value: object, got: object = None) -> None:
+    """Raise unless ``value`` is a positive int; ``got`` is what came, if that is another."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` of {kind} must be a positive int, got {(value if got is None else got)!r}")
+
+
+def checked_stack(kind: str, stack: object) -> None:
+    """Raise unless ``stack`` is a tuple of positive ints."""
+    if not isinstance(stack, tuple) or not all(isinstance(n, int) and n > 0 for n in stack):
+        raise ValueError(f"`stack` of {kind} must be a tuple of positive ints, got {stack!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-from kfcore.layers.base import Layer, Parameters, Sharing, merge
+from kfcore.layers.base import Layer, Parameters, Plain, Sharing, merge
 from kfcore.layers.linear import Bias
 from kfcore.linalg import gram
 from kfcore.patches import PADDING_MODES, PaddingMode, Window, patch_means, patch_moments, patch_rows
@@ -17,7 +17,7 @@ Padding: TypeAlias = int | tuple[int, ...] | tuple[tuple[int, int], ...] | Liter
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(Plain):
     """A convolution (cross-correlation, as in all frameworks) ``y[o, p] = sum_{i, k} w[o, i, k] x[i, stride p + dilation k] + b[o]``.
 
     It is a dense layer on patches of its input, shared by all S output positions (KFC, Grosse and Martens 2016; expand and reduce as in
@@ -280,7 +280,7 @@ class Conv:
         corner = xp.full((*stack, 1), float(self.input_count(inputs)), dtype=moment.dtype, device=device(moment))
         return append(xp, xp.concat([moment, first[..., None, :]], axis=-2), xp.concat([first, corner], axis=-1))
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
         """Rows ``[..., *stack, n, out / groups]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
         rows = merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-from kfcore.layers.base import Layer, Parameters, Sharing, merge, positions
+from kfcore.layers.base import Layer, Parameters, Plain, Sharing, checked_int, checked_stack, merge, positions
 from kfcore.linalg import gram
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Plain):
     """A dense layer ``y = x W^T + b``.
 
     Parameters
@@ -39,9 +39,7 @@ class Linear:
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` of Linear must be a positive int, got {value!r}")
+            checked_int(name, "Linear", getattr(self, name))
         if self.bias is True or self.bias is False:
             object.__setattr__(self, "bias", "joint" if self.bias else None)
         if self.bias not in ("joint", "separate", None):
@@ -50,8 +48,7 @@ class Linear:
             raise ValueError(f"`sharing` of Linear must be 'expand' or 'reduce', got {self.sharing!r}")
         if self.layout not in ("oi", "io"):
             raise ValueError(f"`layout` of Linear must be 'oi' or 'io', got {self.layout!r}")
-        if not isinstance(self.stack, tuple) or not all(isinstance(n, int) and n > 0 for n in self.stack):
-            raise ValueError(f"`stack` of Linear must be a tuple of positive ints, got {self.stack!r}")
+        checked_stack("Linear", self.stack)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,7 +120,7 @@ class Linear:
             return rows
         return append(xp, rows, 1.0)
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
         """Rows ``[..., n, out]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
         return merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)
@@ -138,7 +135,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(Plain):
     """A bias alone: a matrix with one column whose input is the constant 1.
 
     Its factor ``A`` is 1 and its factor ``G`` the second moment of the example's gradient ``sum_s g``, which is exact whatever
@@ -169,7 +166,7 @@ class Bias:
         shape = (*inputs.shape[: -1 - self.axes], 1)
         return xp.ones(shape, dtype=dtype, device=device(inputs))
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object) -> Array:
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
         """Sums over the positions, ``[..., N, features]``."""
         return xp.sum(cast(xp, output_grads, dtype), axis=-2)
 

@@ -7,7 +7,7 @@ from unittest import SkipTest
 
 import numpy as np
 
-from kfcore import KFAC, CustomLoss, Damping, Linear, ModelOptimizer, Optimizer, StepSize
+from kfcore import KFAC, CustomLoss, Damping, Embedding, Linear, ModelOptimizer, Norm, Optimizer, StepSize
 from kfcore.checkpoint import from_arrays, to_arrays
 from kfcore.model import Model, flatten
 from kfcore.optimizer import added, merge
@@ -116,6 +116,34 @@ class OptimizerTests:
             stats_every=2,
             refresh_every=3,
         )
+
+    def test_step_of_a_table_and_a_norm(self) -> None:
+        """Four steps with a table that has padding, a normalisation and a dense layer, by every kind of factor."""
+        b, rng, num, features, damping = self.backend, np.random.default_rng(36), 5, 3, 0.1
+        layers = {"embed": Embedding(num, features, padding=0), "norm": Norm(features), "head": Linear(features, 2)}
+        optimizer = Optimizer(KFAC(damping=damping, refresh_every=1), layers, learning_rate=0.05, momentum=0.0)
+        host: dict[str, Any] = {n: {r: rng.normal(size=s) for r, s in layer.parameters.items()} for n, layer in layers.items()}
+        params = b.put(host)
+        state, step = optimizer.init(params), self._wrap_step(optimizer.step)
+        seen: list[dict[str, Any]] = []
+        for i in range(4):
+            ids, y = rng.integers(0, num, size=(N, 3), dtype=np.int32), rng.normal(size=(N, 3, 2))
+            grads, records = reference.tokens(host, ids, y, padding=0)
+            params, state = step(params, b.put(grads), b.put(records), state)
+            own = {name: (x, N * g) for name, (x, g) in records.items()}  # of each example's own loss, not of the mean
+            seen.append(
+                {
+                    "embed": reference.table_factors(*own["embed"], num, 0),
+                    "norm": reference.norm_factors(*own["norm"]),
+                    "head": reference.factors(*own["head"]),
+                }
+            )
+            for name, layer in layers.items():
+                a, g = (reference.average([s[name][side] for s in seen], 0.95) for side in (0, 1))
+                moved = layer.parameters_of({"": reference.direction(a, g, layer.matrices(grads[name])[""], damping)})
+                host[name] = {role: host[name][role] - 0.05 * moved[role] for role in moved}
+            assert_close(flatten(params), flatten(host), b, 1e-9, f"step {i} of a table and a norm")
+        assert optimizer.diagnostics(state)["dropped_statistics"] == {}
 
     def test_model_optimizer(self) -> None:
         """Statistics merged from two micro-batches, a scaled loss, overrides; the adapters' level."""

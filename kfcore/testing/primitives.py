@@ -270,6 +270,22 @@ class PrimitiveTests:
                 v, q = self.backend.get((values, vectors))
                 assert np.allclose((q * v[..., None, :]) @ np.swapaxes(q, -1, -2), x, atol=1e-9), f"eigh_all ({which}): not rebuilt"
 
+    def test_counts(self) -> None:
+        """Of each row its own, with ids outside of the table and a dtype too narrow for its size; of no ids none."""
+        rng = np.random.default_rng(17)
+        for what, run, leading, _ in self._cases("counts", 5):
+            ids = rng.integers(-2, 8, size=(*leading, 40))
+            ids[..., 0] = 2**31 - 1
+            desired = (ids[..., None] == np.arange(5)).sum(axis=-2).astype(np.int32)
+            assert_close(run(self.backend.put(ids.astype(np.int32))), desired, self.backend, what=what)
+            none = np.zeros((*leading, 0), np.int32)
+            assert_close(run(self.backend.put(none)), np.zeros((*leading, 5), np.int32), self.backend, what=f"{what} of none")
+        for which, function in implementations("counts", self.backend.library).items():
+            ids = rng.integers(-3, 100, size=60, dtype=np.int8)
+            run = self.backend.wrap(lambda x, function=function: function(namespace(x), x, 200))
+            desired = np.bincount(ids[ids >= 0], minlength=200).astype(np.int32)
+            assert_close(run(self.backend.put(ids)), desired, self.backend, what=f"counts ({which}) of int8")
+
     def test_thin_product(self) -> None:
         """Product of few rows, of any width and of the odd one that a joint bias makes."""
         rng = np.random.default_rng(16)

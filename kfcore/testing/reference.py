@@ -25,6 +25,22 @@ def factors(inputs: Arr, output_grads: Arr, sharing: str = "expand", joint: bool
     return a, np.einsum("nsi,nsj->ij", output_grads, output_grads) / len(output_grads)
 
 
+def table_factors(ids: Arr, output_grads: Arr, num: int, padding: int | None = None) -> tuple[Arr, Arr]:
+    """``A`` and ``G`` of a table with ``num`` rows from one-hot inputs, without the positions whose id is ``padding``."""
+    live = np.ones(ids.shape) if padding is None else (ids != padding).astype(float)
+    one_hot = (ids[..., None] == np.arange(num)) * live[..., None]
+    a = np.einsum("...nsi,...nsj->...ij", one_hot, one_hot) / live.sum(axis=(-2, -1))[..., None, None]
+    return a, np.einsum("...ns,...nsi,...nsj->...ij", live, output_grads, output_grads) / ids.shape[-2]
+
+
+def norm_factors(hat: Arr, output_grads: Arr, bias: bool = True, full: bool = False) -> tuple[Arr, Arr]:
+    """The number 1, and the second moment of the gradients of each example by scale and shift, or its diagonal."""
+    rows = [np.einsum("...nsc,...nsc->...nc", hat, output_grads), *([output_grads.sum(axis=-2)] if bias else [])]
+    rows = np.concatenate(rows, axis=-1)
+    moment = np.einsum("...ni,...nj->...ij", rows, rows) / rows.shape[-2]
+    return np.ones((*rows.shape[:-2], 1, 1)), moment if full else moment * np.eye(rows.shape[-1])
+
+
 def padded(x: Arr, pads: Any) -> Arr:
     """``x [..., *spatial, channels]`` with ``(low, high)`` zeros around each spatial axis."""
     return np.pad(x, [(0, 0)] * (x.ndim - 1 - len(pads)) + list(pads) + [(0, 0)])
@@ -98,6 +114,34 @@ def network(params: dict[str, Any], x: Arr, y: Arr, layout: str = "oi") -> tuple
         "scale": (dh * t).sum(axis=0),
     }
     return grads, {"fc1": (x, dz1), "fc2": (h, dz2)}
+
+
+def tokens(
+    params: dict[str, Any], ids: Arr, y: Arr, padding: int | None = None, layout: str = "io"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gradients and records of ``mean_n sum_s 0.5 |f_ns - y_ns|^2``, ``f`` a dense layer on layer-normalised rows of a table.
+
+    Positions whose id is ``padding`` are not in the loss.
+    """
+    table = params["embed"]["weight"] if layout == "io" else params["embed"]["weight"].T
+    x = table[ids]
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    hat = centred / deviation
+    h = hat * params["norm"]["weight"] + params["norm"]["bias"]
+    live = np.ones((*ids.shape, 1)) if padding is None else (ids != padding)[..., None]
+    dz = (h @ params["head"]["weight"].T + params["head"]["bias"] - y) * live / len(ids)
+    dh = dz @ params["head"]["weight"]
+    dhat = dh * params["norm"]["weight"]
+    dx = (dhat - dhat.mean(axis=-1, keepdims=True) - hat * (dhat * hat).mean(axis=-1, keepdims=True)) / deviation
+    taken = np.zeros_like(table)
+    np.add.at(taken, ids, dx)
+    grads = {
+        "embed": {"weight": taken if layout == "io" else taken.T},
+        "norm": {"weight": (dh * hat).sum(axis=(0, 1)), "bias": dh.sum(axis=(0, 1))},
+        "head": {"weight": np.einsum("nso,nsi->oi", dz, h), "bias": dz.sum(axis=(0, 1))},
+    }
+    return grads, {"embed": (ids, dx), "norm": (hat, dh), "head": (h, dz)}
 
 
 class Trajectory:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kfcore import KFAC, Conv, Damping, Diagonal, Linear, Method
+from kfcore import KFAC, Conv, Damping, Diagonal, Embedding, Linear, Method, Norm
 from kfcore._array import namespace
 from kfcore.curvature.diagonal import Tensor
 from kfcore.layers import Bias, Layer
@@ -31,6 +31,11 @@ def captures(rng: np.random.Generator, layer: Any, leading: tuple[int, ...] = ()
     """Random captures ``(inputs, output_grads)`` of a few batches with five examples of three positions."""
     out, inp = (layer.features, 2) if isinstance(layer, Bias) else (layer.out_features, layer.in_features)
     return [(rng.normal(size=(*leading, 5, 3, inp)), rng.normal(size=(*leading, 5, 3, out))) for _ in range(batches)]
+
+
+def _in_form(form: str, x: np.ndarray) -> np.ndarray:
+    """A factor as it is stored: a diagonal one as a vector."""
+    return np.diagonal(x, axis1=-2, axis2=-1).copy() if form == "diagonal" else x
 
 
 class MethodTests:
@@ -66,7 +71,8 @@ class MethodTests:
         a, g = (reference.average(list(values), DECAY) for values in zip(*expected, strict=True))
         grad = np.random.default_rng(9).normal(size=(*leading, *layer.shape))
         state = self._fit(method, layer, batches, dtype, leading)
-        wanted = (a.astype(dtype), None if method.fisher == "forward" else g.astype(dtype))
+        output, inp = (_in_form(form, x.astype(dtype)) for form, x in zip(layer.forms, (g, a), strict=True))
+        wanted = (inp, None if method.fisher == "forward" else output)
         assert_close(state.average.values, wanted, b, tolerance, f"{what}: averages")
         assert_close(state.dropped, np.zeros(leading, np.int32), b, what=f"{what}: dropped")
         assert_close(state.kept, np.zeros(leading, np.int32), b, what=f"{what}: kept")
@@ -134,6 +140,76 @@ class MethodTests:
         """Leading axes stand for layers of equal shape."""
         for kind in ("exact", "factored"):
             self._kfac(Linear(4, 3), Damping(0.3, kind), leading=(2,))
+
+    def test_kfac_embedding(self) -> None:
+        """An input factor that is a vector of counts: kinds and norms of damping, both dtypes, stacked, forward only, with padding."""
+        cases: list[tuple[dict[str, Any], Damping, str, tuple[int, ...], Any]] = [
+            ({}, Damping(0.3), "float64", (), "empirical"),
+            ({"padding": 2}, Damping(0.3, "exact", relative=True), "float64", (2,), "empirical"),
+            ({"padding": 6}, Damping(0.3, norm="median"), "float32", (), "empirical"),
+            ({}, Damping(0.3, "plain"), "float64", (), "empirical"),
+            ({}, Damping(0.3, norm="spectral", relative=True), "float64", (2,), "empirical"),
+            ({}, Damping(0.3, norm="frobenius"), "float64", (), "empirical"),
+            ({"padding": 0}, Damping(0.3), "float64", (), "forward"),
+            ({}, Damping(0.3, "exact"), "float64", (), "forward"),
+        ]
+        for options, damping, dtype, leading, fisher in cases[:3] if self.backend.thrifty else cases:
+            rng = np.random.default_rng(18)
+            layer = Embedding(6, 3, stack=leading, **options)
+            batches, expected = [], []
+            for _ in range(2):
+                ids, g = rng.integers(0, 6, size=(*leading, 5, 3), dtype=np.int32), rng.normal(size=(*leading, 5, 3, 3))
+                ids[..., 0, :2] = options.get("padding", 0)
+                batches.append((ids, g))
+                expected.append(reference.table_factors(ids, g, 6, options.get("padding")))
+            if fisher == "forward":
+                expected = [(a, np.broadcast_to(np.eye(3), g.shape)) for a, g in expected]
+            self._check(KFAC(damping=damping, stats_decay=DECAY, fisher=fisher), layer, batches, expected, dtype, leading)
+
+    def test_kfac_norm(self) -> None:
+        """Scale and shift: the second moment of each example's gradient, whole and its diagonal."""
+        cases = [
+            (Norm(3), Damping(0.3), ()),
+            (Norm(3, block="full"), Damping(0.3, relative=True), ()),
+            (Norm(3, bias=False, stack=(2,)), Damping(0.3, "exact"), (2,)),
+            (Norm(3, bias=False, block="full", stack=(2,)), Damping(0.3), (2,)),
+            (Norm(1, bias=False), Damping(0.3), ()),
+            (Norm(3, block="full"), Damping(0.3, "exact"), ()),
+            (Norm(3), Damping(0.3, "exact", relative=True), ()),
+            (Norm(3), Damping(0.3, "plain"), ()),
+        ]
+        for layer, damping, leading in cases[:3] if self.backend.thrifty else cases:
+            rng = np.random.default_rng(19)
+            batches, expected = [], []
+            for _ in range(2):
+                x, g = rng.normal(size=(2, *leading, 5, 4, layer.size))
+                batches.append((x, g))
+                expected.append(reference.norm_factors(x, g, bias=layer.bias, full=layer.block == "full"))
+            self._check(KFAC(damping=damping, stats_decay=DECAY), layer, batches, expected, "float64", leading)
+
+    def test_table_and_norm_layers(self) -> None:
+        """What was captured and the parameters as matrices, and the parameters back, as with NumPy arrays."""
+        rng = np.random.default_rng(20)
+        table = rng.integers(0, 6, size=(2, 3, 2), dtype=np.int32)
+        cases: list[tuple[Any, np.ndarray, np.ndarray]] = [
+            (Embedding(6, 3), table, rng.normal(size=(2, 3, 2, 3))),
+            (Embedding(6, 3, padding=1, layout="oi", stack=(2,)), table, rng.normal(size=(2, 3, 2, 3))),
+            (Norm((3, 2)), *rng.normal(size=(2, 4, 5, 3, 2))),
+            (Norm(3, bias=False, channels="first", block="full"), *rng.normal(size=(2, 4, 3, 5, 2))),
+        ]
+        for layer, x, g in cases:
+            params = {role: rng.normal(size=shape) for role, shape in layer.parameters.items()}
+
+            def run(x: Any, g: Any, params: Any, layer: Any = layer) -> Any:
+                xp, (a, b) = namespace(x), layer.capture(x, g)
+                matrices = layer.matrices(params)
+                rows = layer.input_rows(xp, a, b.dtype), layer.output_rows(xp, b, b.dtype, a)
+                return rows, layer.input_gram(xp, a, b.dtype), matrices, layer.parameters_of(matrices)
+
+            desired = run(x, g, params)
+            actual = self.backend.call(run, *self.backend.put((x, g, params)))
+            assert_close(actual, desired, self.backend, 1e-12, f"{layer}")
+            assert_close(actual[-1], params, self.backend, 0.0, f"{layer}: parameters back")
 
     def test_kfac_convolution(self) -> None:
         """Patches as rows, and one block for each group; expand, which streams the input factor, and reduce."""

@@ -63,7 +63,17 @@ def moments_of_the_first_piece(xp, x, window, groups, dtype):
     return REFERENCE["patch_moments"](xp, x[(..., slice(1), *(slice(None),) * (window.axes + 1))] if size else x, window, groups, dtype)
 
 
+def counts_that_wrap(xp, ids, num):
+    return REFERENCE["counts"](xp, ids % num, num)
+
+
+def counts_over_rows(xp, ids, num):
+    return np.broadcast_to(REFERENCE["counts"](xp, ids.reshape(-1), num), (*ids.shape[:-1], num))
+
+
 KERNELS = {
+    counts_that_wrap: ("counts", ["test_counts", "test_kfac_embedding"]),
+    counts_over_rows: ("counts", ["test_counts", "test_kfac_embedding"]),
     transposed_vectors: ("eigh", ["test_eigh", "test_kfac_damping_kinds", "test_step_with_clip_and_coupled_decay"]),
     in_place_blend: ("blend", ["test_blend", "test_kfac_damping_kinds"]),
     mixing_blend: ("blend", ["test_blend"]),

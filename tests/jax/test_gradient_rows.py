@@ -24,10 +24,10 @@ def taken(monkeypatch):
     counts = {"rows": 0, "matrix": 0}
     sandwich, two_sided = kfac.sandwich, kfac.KFAC._two_sided
 
-    def counted(xp, left, x, right):
+    def counted(xp, forms, left, x, right):
         counts["matrix"] += x.shape[-2] == 30
         counts["rows"] -= x.shape[-2] == 30
-        return sandwich(xp, left, x, right)
+        return sandwich(xp, forms, left, x, right)
 
     def asked(xp, layer, left, grad, right, rows):
         counts["rows"] += layer.shape[0] == 30
