@@ -85,6 +85,20 @@ class Plain:
         return False
 
 
+class Turned:
+    """A weight that is one matrix, stored as the ``layout`` of the layer says."""
+
+    layout: Literal["oi", "io"]
+
+    def to_oi(self, weight: Array) -> Array:
+        """The user's weight (or table) as ``[..., out, in]``, the layout of files."""
+        return weight if self.layout == "oi" else weight.mT
+
+    def from_oi(self, weight: Array) -> Array:
+        """Inverse of :meth:`to_oi`."""
+        return weight if self.layout == "oi" else weight.mT
+
+
 def check_layers(layers: Mapping[str, object]) -> None:
     """Raise unless all of ``layers`` are descriptions of whole layers, with blocks."""
     for name, layer in layers.items():

@@ -9,11 +9,11 @@ from typing import Literal
 from kfcore import linalg
 from kfcore._array import Array, Namespace, cast, device, namespace, readable
 from kfcore.factors import Forms
-from kfcore.layers.base import Layer, Parameters, Sharing, checked_int, checked_stack, flat_positions, merge, positions
+from kfcore.layers.base import Layer, Parameters, Sharing, Turned, checked_int, checked_stack, flat_positions, merge, positions
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Turned):
     """A table of ``num`` rows with ``features`` numbers each, of which whole rows are taken: ``y = table[id]``.
 
     It is a dense layer on one-hot inputs, of matrix ``[features, num]``. Its input factor is therefore diagonal, the share of the
@@ -102,14 +102,6 @@ class Embedding:
     def parameters_of(self, matrices: Mapping[str, Array]) -> dict[str, Array]:
         """Inverse of :meth:`matrices`."""
         return {"weight": self.from_oi(matrices[""])}
-
-    def to_oi(self, weight: Array) -> Array:
-        """The user's table as ``[..., features, num]``, the layout of files."""
-        return weight if self.layout == "oi" else weight.mT
-
-    def from_oi(self, weight: Array) -> Array:
-        """Inverse of :meth:`to_oi`."""
-        return weight if self.layout == "oi" else weight.mT
 
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded, ids ``[N, ...]`` and ``output_grads [N, ..., features]``, to ``[N, S]`` and ``[N, S, features]``.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-from kfcore.layers.base import Layer, Parameters, Plain, Sharing, checked_int, checked_stack, merge, positions
+from kfcore.layers.base import Layer, Parameters, Plain, Sharing, Turned, checked_int, checked_stack, merge, positions
 from kfcore.linalg import gram
 
 
 @dataclass(frozen=True)
-class Linear(Plain):
+class Linear(Turned, Plain):
     """A dense layer ``y = x W^T + b``.
 
     Parameters
@@ -86,14 +86,6 @@ class Linear(Plain):
         else:
             params = {"weight": matrices[""][..., :, :-1], "bias": matrices[""][..., :, -1]}
         return params | {"weight": self.from_oi(params["weight"])}
-
-    def to_oi(self, weight: Array) -> Array:
-        """The user's weight as ``[..., out, in]``, the layout of files."""
-        return weight if self.layout == "oi" else weight.mT
-
-    def from_oi(self, weight: Array) -> Array:
-        """Inverse of :meth:`to_oi`."""
-        return weight if self.layout == "oi" else weight.mT
 
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded, ``inputs [N, ..., in]`` and ``output_grads [N, ..., out]``, to ``[N, S, features]``.

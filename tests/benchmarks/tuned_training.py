@@ -7,17 +7,15 @@ The grid is searched on one seed and the winners run on others, in PyTorch, with
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import statistics
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from interleaved import options, write
 
 import kfcore as kf
 from kfcore_cli.race import registry
@@ -56,11 +54,7 @@ def train(problem: Problem, data: Any, name: str, settings: dict[str, float], se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", default="mnist-conv")
-    parser.add_argument("--quick", action="store_true", help="few steps")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, problem="mnist-conv")
     torch.set_num_threads(1)
     np.seterr(all="ignore")
     problem: Problem = registry.load("problems", arguments.problem)
@@ -80,8 +74,7 @@ def main() -> None:
             f"{problem.metric} {statistics.median(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})"
         )
         result[name] = {"grid": [point | found for found, point in tried], "best": best, "seeds": runs}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2))
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
