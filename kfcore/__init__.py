@@ -3,8 +3,9 @@
 from kfcore._version import __version__
 
 # methods
-from kfcore.curvature import KFAC, Cost, Diagonal, Method, Needs
+from kfcore.curvature import EKFAC, KFAC, Cost, Diagonal, Method, Needs
 from kfcore.damping import Damping
+from kfcore.eigenbasis import Eigh, Tracked
 
 # models: layers, and the losses as the Fisher matrix sees them
 from kfcore.layers import Bias, Conv, Embedding, Linear, Norm
@@ -25,6 +26,7 @@ from kfcore.checkpoint import CheckpointError, load, save
 from kfcore._array import primitives, register_cond, register_kernel, to_numpy
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "MSE",
     "BCEWithLogits",
@@ -37,6 +39,7 @@ __all__ = [
     "CustomLoss",
     "Damping",
     "Diagonal",
+    "Eigh",
     "Embedding",
     "Linear",
     "Loss",
@@ -53,6 +56,7 @@ __all__ = [
     "Report",
     "StepSize",
     "StepState",
+    "Tracked",
     "__version__",
     "blocks_of",
     "fisher_vectors",

@@ -170,12 +170,14 @@ class ModelOptimizer:
         grads = {name: grad if scale is None else grad / scale for name, grad in grads.items()}
         matrices = self.model.matrices(grads)
         curvature, seen = self._observe(state, statistics, matrices, terms, loss_scale)
+        before = curvature.refreshed
         curvature = self.preconditioner.refresh(curvature, damping)
         if rows is None:
             rows = {name: found for name, part in seen.items() if (found := rows_of(part, 1.0 / loss_scale)) is not None}
         if scale is not None:
             rows = {name: found._replace(scale=found.scale / scale) for name, found in rows.items()}
         directions = self.preconditioner.precondition(curvature, matrices, rows)
+        curvature = self.preconditioner.refresh_late(curvature, before, damping)
         if self.step_size.graft:
             directions = stepsize.graft(matrices, directions)
         return grads, self.model.parameters(directions), curvature._replace(steps=curvature.steps + 1)
@@ -245,7 +247,8 @@ class ModelOptimizer:
             for name, block in self.preconditioner.blocks.items():
                 if Needs.GRADIENT in block.method.requires(block.layer) and name in matrices:
                     old = curvature.blocks[name]
-                    new[name] = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
+                    found = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
+                    new[name] = new[name] + found if name in new else found
             return self.preconditioner.observe(curvature, new) if new else curvature
 
         return cond(due, take, lambda old: old, curvature), seen

@@ -104,10 +104,28 @@ class Preconditioner:
         if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
         self._check_damping(damping)
-        blocks, count, observed, refreshed = dict(state.blocks), host(state.steps), host(state.observed), host(state.refreshed)
+        count, observed, refreshed = host(state.steps), host(state.observed), host(state.refreshed)
         first = (observed > 0) & (refreshed == 0)
+        return self._refreshed(
+            state, damping, [(first if self._late(names) else due | first, names) for due, names in self._due(state, count)]
+        )
+
+    def refresh_late(self, state: PreconditionerState, refreshed: Array, damping: Values = None) -> PreconditionerState:
+        """After the directions: refresh the blocks that are due under methods that do so late (:attr:`kfcore.Method.late`).
+
+        ``refreshed`` is the counter before this step's :meth:`refresh`, whose first one is for these blocks too.
+        """
+        again = host(refreshed) > 0
+        due = [(due & again, groups) for due, groups in self._due(state, host(state.steps)) if self._late(groups)]
+        return self._refreshed(state, damping, due)._replace(refreshed=state.refreshed) if due else state
+
+    def _late(self, groups: list[list[str]]) -> bool:
+        return self.blocks[groups[0][0]].method.late
+
+    def _refreshed(self, state: PreconditionerState, damping: Values, due_groups: list[tuple[Any, list[list[str]]]]) -> PreconditionerState:
+        blocks, count, observed = dict(state.blocks), host(state.steps), host(state.observed)
         any_due = False
-        for due, groups in self._due(state, count, first):
+        for due, groups in due_groups:
             if due is False:
                 continue
             any_due = any_due | due
@@ -159,13 +177,13 @@ class Preconditioner:
             groups.setdefault((alone, geometry, block.method, str(weight.dtype), str(device(weight))), []).append(name)
         return list(groups.values())
 
-    def _due(self, state: PreconditionerState, count: Any, first: Any) -> list[tuple[Any, list[list[str]]]]:
+    def _due(self, state: PreconditionerState, count: Any) -> list[tuple[Any, list[list[str]]]]:
         """Groups of blocks that are refreshed together: those of one method, or, spread over the steps, each group alone."""
         together: dict[tuple[int, int], list[list[str]]] = {}
         for index, names in enumerate(self._groups(state)):
             together.setdefault((id(self.blocks[names[0]].method), index if self.spread else 0), []).append(names)
         return [
-            (schedule.due(self.blocks[groups[0][0]].method.refresh_every, count, offset) | first, groups)
+            (schedule.due(self.blocks[groups[0][0]].method.refresh_every, count, offset), groups)
             for (_, offset), groups in together.items()
         ]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from kfcore.curvature.base import Needs
+from kfcore.curvature.diagonal import Tensor
 from kfcore.model import Model
 from kfcore.preconditioner import Block
 from kfcore.stepsize import StepSize
@@ -79,7 +79,7 @@ def report(model: Model, blocks: Mapping[str, Block], step: StepSize, reasons: M
         cost = block.method.cost(block.layer, itemsize)
         first = (name not in seen) * math.prod(block.leading)
         seen.add(name)
-        covered = Needs.GRADIENT not in block.method.requires(block.layer)
+        covered = not isinstance(block.layer, Tensor)
         size = 1
         for n in shapes[parameter]:
             size *= n

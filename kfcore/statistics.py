@@ -133,6 +133,10 @@ class KroneckerStatistics(NamedTuple):
     """Sum of ``g g^T``."""
     output_count: Number
     """Number of examples N, or what :meth:`over` put there."""
+    scales: Array | None = None
+    """Sum of squares of the gradients of single examples in a basis, ``[..., out, in]``, if the method wants it."""
+    scale_count: Number = 0.0
+    """What it is divided by: a number of examples, or what :meth:`over` put there."""
 
     @property
     def input_sum(self) -> Array | None:
@@ -150,24 +154,37 @@ class KroneckerStatistics(NamedTuple):
             self.input_count + other.input_count,
             _plus(self.outputs, other.outputs),
             self.output_count + other.output_count,
+            _plus(self.scales, other.scales),
+            self.scale_count + other.scale_count,
         )
 
     def over(self, count: Number) -> KroneckerStatistics:
-        """The same sums with ``output_sum`` averaged over ``count``.
+        """The same sums with ``output_sum`` and ``scales`` averaged over ``count``.
 
         This is how a loss reduction is undone at no cost. If the captured gradients are ``g / M`` (a loss that is a mean over
         M terms) then ``over(1 / M)`` gives the mean over the terms of ``g g^T``; if they are ``g`` (a sum), ``over(M)`` does.
         """
-        return KroneckerStatistics(self.inputs, self.input_count, self.outputs, count)
+        return self._replace(output_count=count, scale_count=0.0 if self.scales is None else count)
 
     def weighing(self, share: Number) -> KroneckerStatistics:
-        """The same statistics with ``output_sum`` times ``share``."""
-        return self if self.outputs is None else self._replace(outputs=self.outputs.mapped(lambda whole: whole * share))
+        """The same statistics with ``output_sum`` and ``scales`` times ``share``."""
+        if self.outputs is None:
+            return self
+        measured = None if self.scales is None else self.scales * share
+        return self._replace(outputs=self.outputs.mapped(lambda whole: whole * share), scales=measured)
 
     def across(self, total: Callable[[Any], Any]) -> KroneckerStatistics:
         """Sums over the ranks of a batch that is spread over them: ``total`` sums an array or a number."""
         inputs, outputs = (None if side is None else side.mapped(total) for side in (self.inputs, self.outputs))
-        return KroneckerStatistics(inputs, total(self.input_count), outputs, total(self.output_count))
+        measured = None if self.scales is None else total(self.scales)
+        return KroneckerStatistics(
+            inputs,
+            total(self.input_count),
+            outputs,
+            total(self.output_count),
+            measured,
+            total(self.scale_count) if self.scales is not None else 0.0,
+        )
 
 
 class GradientRows(NamedTuple):

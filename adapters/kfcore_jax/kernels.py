@@ -141,6 +141,32 @@ def counts(xp: Any, ids: jax.Array, num: int) -> jax.Array:
     return found.reshape(*ids.shape[:-1], num + 1)[..., :num]
 
 
+def gather_sum(xp: Any, rows: jax.Array, ids: jax.Array, num: int) -> jax.Array:
+    """By a sum at places; one beyond the last takes what is no row of the table."""
+    flat, length = linalg.numbered(xp, ids, num)
+    found = jnp.zeros((length, rows.shape[-1]), rows.dtype).at[flat].add(rows.reshape(-1, rows.shape[-1]), mode="promise_in_bounds")
+    return found.reshape(*ids.shape[:-1], num + 1, rows.shape[-1])[..., :num, :]
+
+
+def fold(xp: Any, function: Callable[..., jax.Array], arrays: list[jax.Array], axes: list[int], step: int) -> jax.Array:
+    """By a scan, so that programs stay small; a part takes every k-th entry, as :func:`patch_moments` does."""
+    n = arrays[0].shape[axes[0]]
+    parts = next(k for k in range(-(-n // step), n + 1) if n % k == 0) if n else 1
+    if parts == 1:
+        return function(*arrays)
+    split = [x.reshape(*x.shape[:a], n // parts, parts, *x.shape[a + 1 :]) for x, a in zip(arrays, axes, strict=True)]
+
+    def part(i: Any) -> jax.Array:
+        return function(*[lax.dynamic_index_in_dim(x, i, a + 1, keepdims=False) for x, a in zip(split, axes, strict=True)])
+
+    def add(total: Any, i: jax.Array) -> tuple[Any, None]:
+        return total + part(i), None
+
+    shape = jax.eval_shape(part, 0)
+    varying = tuple(sorted({axis for x in arrays for axis in program.varying(x)}))
+    return lax.scan(add, program.zeros(shape.shape, shape.dtype, varying), jnp.arange(parts))[0]
+
+
 def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """By a scan over the groups of examples that the reference goes through one by one, so that programs stay small.
 
@@ -167,7 +193,7 @@ def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    for kernel in (gram, thin_product, invert, counts, patch_moments):
+    for kernel in (gram, thin_product, invert, counts, gather_sum, fold, patch_moments):
         register_kernel(kernel.__name__, "jax", kernel)
     register_kernel("invert_all", "jax", together(invert))
     register_kernel("eigh_all", "jax", together(linalg.eigh))

@@ -2,6 +2,7 @@
 
 from kfcore.curvature.base import Cost, Method, Needs
 from kfcore.curvature.diagonal import Diagonal, DiagonalState
+from kfcore.curvature.ekfac import EKFAC, EKFACState
 from kfcore.curvature.kfac import KFAC, KFACState
 
-__all__ = ["KFAC", "Cost", "Diagonal", "DiagonalState", "KFACState", "Method", "Needs"]
+__all__ = ["EKFAC", "KFAC", "Cost", "Diagonal", "DiagonalState", "EKFACState", "KFACState", "Method", "Needs"]

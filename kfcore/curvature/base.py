@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import enum
+import functools
 import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -73,6 +75,8 @@ class Method(abc.ABC):
     mc_samples: int = 1
 
     name: ClassVar[str] = "method"
+    late: ClassVar[bool] = False
+    """Whether a refresh that is due comes after the direction, all but the first: for methods that measure in what they refresh."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", Damping.of(self.damping))
@@ -124,6 +128,10 @@ class Method(abc.ABC):
         ``inputs [..., N, S, in]`` and ``output_grads [..., N, S, out]`` are captured arrays; ``grad`` is the gradient of the mean loss and
         ``terms`` the number of terms in that mean.
         """
+
+    def reduce_all(self, uses: Sequence[tuple[Layer, Array | None, Array | None]], state: Any) -> Any:
+        """:meth:`reduce` of several uses of one layer in one batch, each ``(the layer as it was used, inputs, output_grads)``."""
+        return functools.reduce(operator.add, [self.reduce(layer, state, inputs, grads) for layer, inputs, grads in uses])
 
     @abc.abstractmethod
     def observe(self, state: Any, statistics: Any, decay: float | Array | None = None) -> Any:

@@ -286,6 +286,52 @@ class PrimitiveTests:
             desired = np.bincount(ids[ids >= 0], minlength=200).astype(np.int32)
             assert_close(run(self.backend.put(ids)), desired, self.backend, what=f"counts ({which}) of int8")
 
+    def test_fold(self) -> None:
+        """Sums over parts along axes of their own, whatever divides the number of entries."""
+        rng = np.random.default_rng(21)
+        for which, function in implementations("fold", self.backend.library).items():
+            for step in (1, 3, 4, 6, 10):
+                x, y = rng.normal(size=(6, 3)), rng.normal(size=(2, 6))
+
+                def run(x: Any, y: Any, function: Callable[..., Any] = function, step: int = step) -> Any:
+                    xp = namespace(x, y)
+                    return function(xp, lambda x, y: y @ x, [x, y], [0, 1], step)
+
+                what = f"{self.backend.name}: fold ({which}) by {step}"
+                self._compare(what, self.backend.wrap(run)(*self.backend.put((x, y), "float64")), y @ x, "float64")
+
+    def test_squares(self) -> None:
+        """Squared gradients of examples with one position, few, and more than are taken by pairs."""
+        rng = np.random.default_rng(18)
+        for what, run, leading, dtype in self._cases("squares"):
+            for positions in (1, 3, 11):
+                g, a = rng.normal(size=(*leading, 5, positions, 3)), rng.normal(size=(*leading, 5, positions, 4))
+                desired = (np.einsum("...bsp,...bsq->...bpq", g, a) ** 2).sum(axis=-3)
+                self._compare(f"{what}, {positions} positions", run(*self.backend.put((g, a), dtype)), desired, dtype)
+
+    def test_rotated_squares(self) -> None:
+        """The same of gradients that are rotated as they are squared."""
+        rng = np.random.default_rng(19)
+        for what, run, leading, dtype in self._cases("rotated_squares"):
+            g, a = rng.normal(size=(*leading, 5, 7, 3)), rng.normal(size=(*leading, 5, 7, 4))
+            left, right = np.linalg.qr(rng.normal(size=(*leading, 3, 3)))[0], np.linalg.qr(rng.normal(size=(*leading, 4, 4)))[0]
+            grads = left.swapaxes(-1, -2)[..., None, :, :] @ np.einsum("...bsp,...bsq->...bpq", g, a) @ right[..., None, :, :]
+            self._compare(what, run(*self.backend.put((g, a, left, right), dtype)), (grads**2).sum(axis=-3), dtype)
+
+    def test_gather_sum(self) -> None:
+        """Rows of one id added up, ids outside of the table left out; of no rows zeros."""
+        rng = np.random.default_rng(20)
+        for which, function in implementations("gather_sum", self.backend.library).items():
+            for leading in ((), (2,)):
+                for dtype in ("float32", "float64"):
+                    rows, ids = rng.normal(size=(*leading, 30, 3)), rng.integers(-2, 8, size=(*leading, 30)).astype(np.int32)
+                    desired = np.einsum("...nv,...nd->...vd", ids[..., None] == np.arange(5), rows)
+                    run = self.backend.wrap(lambda rows, ids, function=function: function(namespace(rows), rows, ids, 5))
+                    what = f"{self.backend.name}: gather_sum ({which}), {dtype}, leading axes {leading}"
+                    self._compare(what, run(self.backend.put(rows, dtype), self.backend.put(ids)), desired, dtype)
+                    none = run(self.backend.put(rows[..., :0, :], dtype), self.backend.put(ids[..., :0]))
+                    self._compare(f"{what} of none", none, np.zeros_like(desired), dtype)
+
     def test_thin_product(self) -> None:
         """Product of few rows, of any width and of the odd one that a joint bias makes."""
         rng = np.random.default_rng(16)

@@ -8,6 +8,7 @@ import pytest
 
 import kfcore as kf
 import kfcore_jax
+from kfcore import factors
 from kfcore.curvature import kfac
 
 N = 4
@@ -22,7 +23,7 @@ def rng():
 def taken(monkeypatch):
     """How many directions of the wide layer went each way in what was traced."""
     counts = {"rows": 0, "matrix": 0}
-    sandwich, two_sided = kfac.sandwich, kfac.KFAC._two_sided
+    sandwich, two_sided = factors.sandwich, kfac.two_sided
 
     def counted(xp, forms, left, x, right):
         counts["matrix"] += x.shape[-2] == 30
@@ -33,8 +34,8 @@ def taken(monkeypatch):
         counts["rows"] += layer.shape[0] == 30
         return two_sided(xp, layer, left, grad, right, rows)
 
-    monkeypatch.setattr(kfac, "sandwich", counted)
-    monkeypatch.setattr(kfac.KFAC, "_two_sided", staticmethod(asked))
+    monkeypatch.setattr(factors, "sandwich", counted)
+    monkeypatch.setattr(kfac, "two_sided", asked)
     return lambda: dict(counts)
 
 

@@ -1,0 +1,251 @@
+"""EKFAC: a curvature block as a diagonal in the eigenbasis of its Kronecker factors.
+
+George, Laurent, Bouthillier, Ballas and Vincent 2018, algorithm 1. In the basis of KFAC the best diagonal, in the Frobenius norm, is the
+second moment of the gradients of single examples, which KFAC replaces by the product of the eigenvalues of its factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from kfcore import factors
+from kfcore._array import Array, Namespace, namespace, scalar, truth
+from kfcore.curvature.base import Cost, Needs, count_failure, select
+from kfcore.curvature.kronecker import (
+    Eigenbases,
+    Kronecker,
+    carried_array,
+    checked_grad,
+    checked_statistics,
+    eigenbases,
+    like_of,
+    transposed,
+    two_sided,
+)
+from kfcore.damping import Damping
+from kfcore.eigenbasis import Eigh, decompose_all, transport
+from kfcore.factors import MATRICES
+from kfcore.layers import Layer
+from kfcore.linalg import identity, kron
+from kfcore.scales import Use, scales
+from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
+
+SCALES = ("average", "batch", "gradient")
+MOVED = ("transport", "reset", "measure")
+
+
+class EKFACState(NamedTuple):
+    """State of an EKFAC block; every array may have leading axes that stack equal layers."""
+
+    average: RunningAverage
+    """Running averages of the factors ``A`` and ``G``, as KFAC has them."""
+    scales: RunningAverage
+    """Of the scales ``S [..., out, in]``, in the basis of ``solver``; they are KFAC's, of weight zero, until they are measured."""
+    solver: Eigenbases
+    """The basis. Before the first refresh it is the identity."""
+    dropped: Array
+    """How many batches' statistics were not finite and therefore not observed, int32."""
+    kept: Array
+    """How many refreshes failed, or had no statistics yet, and kept the old basis, int32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EKFAC(Kronecker):
+    """Eigenvalue-corrected KFAC, ``F ~= (U_G (x) U_A) diag(S) (U_G (x) U_A)^T``.
+
+    ``U_A`` and ``U_G`` are the eigenbases of KFAC's factors, ``S`` the second moment of each example's gradient in that basis,
+    ``E (U_G^T G_n U_A)^2``. Under shared weights ``G_n`` is the true gradient of the example, summed over its positions, also where the
+    factors are those of ``"reduce"``. Its trace is that of the Fisher matrix, and of the same data in the same basis no diagonal is
+    closer to it in the Frobenius norm; of averages of different age neither is promised.
+
+    The first step is KFAC's. After that the scales are measured in the basis they are applied in, at every step at which statistics
+    are due: a refresh that is due comes after the step, not before it. Refreshing rarely costs EKFAC less than KFAC, for the scales go
+    on following the curvature in between.
+
+    A state holds ``2 (in^2 + out^2) + in out`` numbers; a refresh costs two eigendecompositions (see ``basis``), a step ``4 in out (in +
+    out)`` operations and, with N examples of one position, ``2 N (in^2 + out^2 + in out)`` for the scales.
+
+    Parameters
+    ----------
+    damping
+        ``lambda`` in ``(S + lambda)^-1``, which is exact Tikhonov damping; a :class:`kfcore.Damping` must be of kind ``"exact"``. Relative
+        damping is in units of the mean scale. A value tuned for KFAC's factored damping is no guide: try a smaller one.
+    scales
+        ``"average"``: the running average of the second moments of the batches. ``"batch"``: that of the last batch alone.
+        ``"gradient"``: the running average of ``M`` times the square of the mean gradient of M terms, the paper's EKFAC-ra; it needs
+        no gradients of examples, and overestimates where the mean gradient is not small (empirical Fisher only).
+    moved
+        What becomes of the scales when the basis moves. ``"transport"``: they become the diagonal in the new basis of the matrix that they
+        were in the old one, exactly. ``"reset"``: KFAC's, ``l_G l_A^T``, of the weight of those they replace. ``"measure"``: KFAC's
+        until the next statistics, which replace them.
+    """
+
+    scales: Literal["average", "batch", "gradient"] = "average"
+    moved: Literal["transport", "reset", "measure"] = "transport"
+
+    name: ClassVar[str] = "ekfac"
+    late: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, Damping):
+            object.__setattr__(self, "damping", Damping(self.damping, kind="exact"))
+        super().__post_init__()
+        if self.rule.kind != "exact":
+            raise ValueError(f"`damping` of EKFAC must be of kind 'exact', the only one there is in an eigenbasis, got {self.rule.kind!r}")
+        for field, allowed in (("scales", SCALES), ("moved", MOVED)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"`{field}` of EKFAC must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        if self.fisher == "forward":
+            raise ValueError(
+                "`fisher` of EKFAC must be 'empirical', 'mc' or 'exact', for its scales are made of output gradients, got 'forward'"
+            )
+        if self.scales == "gradient" and self.fisher != "empirical":
+            raise ValueError(f"`fisher` of EKFAC with scales='gradient' must be 'empirical', got {self.fisher!r}")
+
+    def requires(self, layer: Layer) -> Needs:
+        """Inputs and output gradients of the same rows; with ``scales="gradient"`` each by itself, and the gradient."""
+        if self.scales == "gradient":
+            return super().requires(layer) | Needs.GRADIENT
+        return Needs.INPUTS | Needs.OUTPUT_GRADS | Needs.TOGETHER
+
+    def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> EKFACState:
+        """Empty averages, scales of one and a basis that is the identity."""
+        xp, like = like_of(like)
+        found = unseen(xp, like, (layer.shape,), leading)
+        solver = self._unturned(layer, like, leading)
+        ones = found._replace(values=(xp.ones_like(found.values[0]),))
+        return EKFACState(unseen(xp, like, self._shapes(layer), leading), ones, solver, solver.ways[..., 0], solver.ways[..., 0])
+
+    def reduce(
+        self,
+        layer: Layer,
+        state: EKFACState,
+        inputs: Array | None = None,
+        output_grads: Array | None = None,
+        *,
+        grad: Array | None = None,
+        terms: float | Array = 1.0,
+    ) -> KroneckerStatistics:
+        """Second moments of the rows, and of the gradients of the examples in the basis of ``state``.
+
+        Both sides of the same rows in one call, or with ``scales="gradient"`` one by one, and ``grad`` the gradient of the mean loss.
+        """
+        like = state.average.weight
+        if grad is not None:
+            xp, grad = checked_grad(layer, grad, like.dtype)
+            turned = self._turned(xp, layer, state, grad, None)
+            return KroneckerStatistics(None, 0.0, None, 0.0, terms * turned * turned, 1.0)
+        if self.scales != "gradient" and (inputs is None or output_grads is None):
+            raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
+        return self.reduce_all([(layer, inputs, output_grads)], state)  # pyright: ignore[reportArgumentType]
+
+    def reduce_all(self, uses: Sequence[Use], state: EKFACState) -> KroneckerStatistics:
+        """:meth:`reduce` of several uses of one weight in one batch, whose gradients of each example add up before they are squared."""
+        like = state.average.weight
+        found = super().reduce_all(uses, state)
+        if self.scales == "gradient":
+            return found
+        xp = namespace(like)
+        measured = scales(xp, uses, state.solver.output_basis, state.solver.input_basis, like.dtype)
+        return found._replace(scales=measured, scale_count=found.output_count / len(uses))
+
+    def observe(self, state: EKFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> EKFACState:
+        """Running averages of both factors and of the scales; those measured before there was a basis are left out."""
+        checked_statistics(state.average.values, statistics)
+        if statistics.scales is None:
+            raise ValueError("`statistics` lack the scales: give `reduce` the gradient too, and add the results")
+        xp, decay = namespace(state.average.weight), self._decay(decay)
+        sums, counts = (statistics.inputs, statistics.outputs), (statistics.input_count, statistics.output_count)
+        average, ok = observe(xp, state.average, sums, counts, decay)
+        based = truth(xp, xp.any(state.solver.ways > 0, axis=-1))
+        measured, good = state.scales, True
+        if based is not False:
+            again = 0.0 if self.scales == "batch" else decay
+            measured, good = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, _sum)
+            if based is not True:
+                measured, good = select(xp, based, measured, state.scales), good | ~based
+        dropped = count_failure(xp, state.dropped, ok if good is True else good & ok)
+        return state._replace(average=average, scales=measured, dropped=dropped)
+
+    def refresh(self, layer: Layer, state: EKFACState, damping: float | Array | None = None) -> EKFACState:
+        """Find the eigenbases, and bring the scales there; where that fails, keep the old ones and count it."""
+        return self.refresh_all([layer], [state], [damping])[0]
+
+    def refresh_all(
+        self, layers: Sequence[Layer], states: Sequence[EKFACState], dampings: Sequence[float | Array | None]
+    ) -> list[EKFACState]:
+        """:meth:`refresh` of several blocks, whose factors the library may take together."""
+        xp = namespace(states[0].average.weight)
+        sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
+        each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states])
+        fresh: list[EKFACState] = []
+        for state, found, damping in zip(states, each, dampings, strict=True):
+            solver, ok = eigenbases(xp, state.solver, found, 0.0)
+            ok = truth(xp, ok & (state.average.weight > 0))
+            measured = self._moved(xp, state, solver)
+            strength = self._strength(xp, self._damping(damping), measured.values[0])
+            new = (measured, solver._replace(damping=strength))
+            measured, solver = select(xp, ok, new, (state.scales, state.solver))
+            fresh.append(state._replace(scales=measured, solver=solver, kept=count_failure(xp, state.kept, ok)))
+        return fresh
+
+    def precondition(self, layer: Layer, state: EKFACState, grad: Array, rows: GradientRows | None = None) -> Array:
+        """``U_G ((U_G^T grad U_A) / (S + lambda)) U_A^T``, in the dtype of the factors."""
+        xp, grad = checked_grad(layer, grad, state.average.weight.dtype)
+        turned = self._turned(xp, layer, state, grad, rows)
+        scale = state.scales.values[0] + state.solver.damping[..., None, None]
+        return factors.sandwich(xp, MATRICES, state.solver.output_basis, turned / scale, transposed(state.solver.input_basis))
+
+    def dense(self, layer: Layer, state: EKFACState) -> Array:
+        """``U diag(S) U^T`` with ``U = U_G (x) U_A``."""
+        xp, (out, inp) = namespace(state.average.weight), layer.shape
+        measured, solver = state.scales.values[0], state.solver
+        sides = [(solver.output_basis, out), (solver.input_basis, inp)]
+        left, right = (identity(xp, measured, n) if basis is None else basis for basis, n in sides)
+        basis = kron(xp, left, right)
+        return (basis * xp.reshape(measured, (*measured.shape[:-2], 1, out * inp))) @ basis.mT
+
+    def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
+        """Exact bytes; operations to leading order, an eigendecomposition counted as 9 n^3."""
+        out, inp = layer.shape
+        sides = list(zip(layer.forms, layer.shape, strict=True))
+        matrices, vectors = ([n for form, n in sides if form == kind] for kind in ("matrix", "diagonal"))
+        numbers = 3 + out * inp + sum(2 * n * n + n for n in matrices) + sum(2 * n for n in vectors)
+        reduce = sum(4.0 * n * n for n in matrices) + sum(1.0 if layer.input_kind == "ids" else 2.0 * n for n in vectors) + 2.0 * out * inp
+        moved = 2.0 * out * inp * sum(matrices) + sum(2.0 * n**3 for n in matrices) if self.moved == "transport" else 0.0
+        return Cost(itemsize * numbers + 20, reduce, sum(9.0 * n**3 for n in matrices) + moved, 4.0 * out * inp * sum(matrices) + out * inp)
+
+    def _turned(self, xp: Namespace, layer: Layer, state: EKFACState, grad: Array, rows: GradientRows | None) -> Array:
+        """``U_G^T grad U_A``."""
+        left, right = transposed(state.solver.output_basis), state.solver.input_basis
+        if layer.forms == MATRICES:
+            return two_sided(xp, layer, left, grad, right, rows)
+        return factors.sandwich(xp, MATRICES, left, grad, right)
+
+    def _moved(self, xp: Namespace, state: EKFACState, new: Eigenbases) -> RunningAverage:
+        """The scales in a new basis, as ``moved`` says; KFAC's where none was measured yet."""
+        old = state.solver
+        assert new.output_values is not None
+        kfac = new.output_values[..., :, None] * new.input_values[..., None, :]
+        weight = state.scales.weight
+        if self.moved == "measure":
+            return RunningAverage(xp.zeros_like(weight), (kfac,))
+        measured = truth(xp, weight > 0)
+        if self.moved == "reset" or measured is False:
+            return RunningAverage(weight, (kfac,))
+        moved = transport(xp, state.scales.values[0], (old.output_basis, new.output_basis), (old.input_basis, new.input_basis))
+        return RunningAverage(weight, (select(xp, measured, moved, kfac),))
+
+    def _strength(self, xp: Namespace, value: float | Array, measured: Array) -> Array:
+        """``lambda`` as an array ``[...]``, in units of the mean scale if it is relative, at least what the dtype can carry."""
+        top = xp.max(measured, axis=(-2, -1))
+        if self.rule.relative:
+            mean = xp.mean(measured, axis=(-2, -1))
+            value = scalar(xp, value, mean) * xp.where(mean > 0, mean, xp.ones_like(mean))
+        return carried_array(xp, value if isinstance(value, float) else scalar(xp, value, top), top)
+
+
+def _sum(x: Array) -> Array:
+    return namespace(x).sum(x, axis=(-2, -1))
