@@ -106,13 +106,12 @@ def rotated_squares(xp: Namespace, g: Array, a: Array, left: Array, right: Array
 @primitive
 def gather_sum(xp: Namespace, rows: Array, ids: Array, num: int) -> Array:
     """Sum of the ``rows [..., n, d]`` of each id in ``ids [..., n]``: ``[..., num, d]``. Ids outside of 0 to num - 1 count for nothing."""
-    n, step = ids.shape[-1], max(1, ROOM // max(1, num))
     every = xp.arange(num, dtype=ids.dtype, device=device(ids))
-    parts = []
-    for k in range(0, max(n, 1), step):
-        taken = xp.astype(ids[..., k : k + step, None] == every, rows.dtype)
-        parts.append(taken.mT @ rows[..., k : k + step, :])
-    return sum(parts[1:], parts[0])
+
+    def part(rows: Array, ids: Array) -> Array:
+        return xp.astype(ids[..., None] == every, rows.dtype).mT @ rows
+
+    return fold(xp, part, [rows, ids], [rows.ndim - 2, ids.ndim - 1], max(1, ROOM // max(1, num)))
 
 
 def _rotated(xp: Namespace, g: Array, a: Array, left: Array | None, right: Array | None) -> Array:
