@@ -14,6 +14,7 @@ from kfcore.model import Model
 
 # optimizers: on plain arrays, and what adapters drive
 from kfcore.arrays import Optimizer, Recorder
+from kfcore.operators import BlockOperator
 from kfcore.optimizer import ModelOptimizer, OptimizerState
 from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report
@@ -32,6 +33,7 @@ __all__ = [
     "BCEWithLogits",
     "Bias",
     "Block",
+    "BlockOperator",
     "CheckpointError",
     "Conv",
     "Cost",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from kfcore._array import Array, Namespace, Schedule, is_real_floating, namespace
 from kfcore.damping import Damping, check_positive
 from kfcore.layers import Layer
+from kfcore.operators import BlockOperator
 from kfcore.statistics import GradientRows
 
 Fisher = Literal["empirical", "mc", "exact", "forward"]
@@ -153,8 +154,12 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
+    def operator(self, layer: Layer, state: Any, *, damped: bool = False) -> BlockOperator:
+        """The matrix this block stands for, for analysis; with ``damped`` the one whose inverse :meth:`precondition` applies."""
+
     def dense(self, layer: Layer, state: Any) -> Array:
-        """The undamped matrix ``[..., out in, out in]`` this block stands for, in row-major order. For tests and analysis."""
+        """The undamped matrix of :meth:`operator`, ``[..., out in, out in]``, in row-major order. For small blocks."""
+        return self.operator(layer, state).dense()
 
     @abc.abstractmethod
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:

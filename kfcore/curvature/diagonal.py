@@ -11,6 +11,7 @@ from kfcore.curvature.base import Cost, Method, Needs, count_failure
 from kfcore.damping import check_positive
 from kfcore.layers import Layer
 from kfcore.layers.base import Plain
+from kfcore.operators import BlockOperator
 from kfcore.statistics import GradientRows, GradientStatistics, RunningAverage, observe
 
 
@@ -143,12 +144,12 @@ class Diagonal(Method):
         scale = h + state.damping
         return grad / (scale if self.power == 1 else scale**self.power)
 
-    def dense(self, layer: Layer, state: DiagonalState) -> Array:
-        """``diag(h)``."""
+    def operator(self, layer: Layer, state: DiagonalState, *, damped: bool = False) -> BlockOperator:
+        """``diag(h)``; damped, ``diag((h + damping)^power)``."""
         xp = namespace(state.average.weight)
         (h,) = state.average.values
-        flat = xp.reshape(h, (-1,))
-        return xp.eye(flat.shape[0], dtype=h.dtype, device=device(h)) * flat
+        h = (h + state.damping) ** self.power if damped else h
+        return BlockOperator(None, None, xp.reshape(h, layer.shape))
 
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
         """One number an entry, and a handful beside."""

@@ -28,7 +28,7 @@ from kfcore.damping import Damping
 from kfcore.eigenbasis import Eigh, decompose_all, transport
 from kfcore.factors import MATRICES
 from kfcore.layers import Layer
-from kfcore.linalg import identity, kron
+from kfcore.operators import BlockOperator
 from kfcore.scales import Use, scales
 from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
 
@@ -198,14 +198,11 @@ class EKFAC(Kronecker):
         scale = state.scales.values[0] + state.solver.damping[..., None, None]
         return factors.sandwich(xp, MATRICES, state.solver.output_basis, turned / scale, transposed(state.solver.input_basis))
 
-    def dense(self, layer: Layer, state: EKFACState) -> Array:
+    def operator(self, layer: Layer, state: EKFACState, *, damped: bool = False) -> BlockOperator:
         """``U diag(S) U^T`` with ``U = U_G (x) U_A``."""
-        xp, (out, inp) = namespace(state.average.weight), layer.shape
-        measured, solver = state.scales.values[0], state.solver
-        sides = [(solver.output_basis, out), (solver.input_basis, inp)]
-        left, right = (identity(xp, measured, n) if basis is None else basis for basis, n in sides)
-        basis = kron(xp, left, right)
-        return (basis * xp.reshape(measured, (*measured.shape[:-2], 1, out * inp))) @ basis.mT
+        solver = state.solver
+        found = BlockOperator(solver.output_basis, solver.input_basis, state.scales.values[0])
+        return found.damped(solver.damping) if damped else found
 
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
         """Exact bytes; operations to leading order, an eigendecomposition counted as 9 n^3."""

@@ -29,6 +29,7 @@ from kfcore.eigenbasis import Eigh, decompose_all
 from kfcore.factors import MATRICES, Form, Forms
 from kfcore.layers import Layer
 from kfcore.linalg import identity, kron
+from kfcore.operators import BlockOperator
 from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
 
 
@@ -153,6 +154,23 @@ class KFAC(Kronecker):
             scale = solver.output_values[..., :, None] * solver.input_values[..., None, :] + solver.damping[..., None, None]
         rotated = two_sided(xp, layer, transposed(left), grad, right, rows)
         return factors.sandwich(xp, layer.forms, left, rotated / scale, transposed(right))
+
+    def operator(self, layer: Layer, state: KFACState, *, damped: bool = False) -> BlockOperator:
+        """``G (x) A`` of the running averages; damped, of the last refresh."""
+        xp, solver = namespace(state.average.weight), state.solver
+        if isinstance(solver, Eigenbases) and damped:
+            values = solver.input_values[..., None, :]
+            values = values if solver.output_values is None else solver.output_values[..., :, None] * values
+            values = values + solver.damping[..., None, None]
+            bases = solver.output_basis, solver.input_basis
+        else:
+            assert not damped or isinstance(solver, Inverses)
+            a, g = (solver.input, solver.output) if isinstance(solver, Inverses) and damped else state.average.values
+            found = iter(factors.eigh_all(xp, [(form, x) for form, x in zip(layer.forms, (g, a), strict=True) if x is not None]))
+            (left, out_basis, _), (right, in_basis, _) = (None, None, None) if g is None else next(found), next(found)
+            values = right[..., None, :] if left is None else left[..., :, None] * right[..., None, :]
+            values, bases = 1.0 / values if damped else values, (out_basis, in_basis)
+        return BlockOperator(*bases, xp.broadcast_to(values, (*values.shape[:-2], *layer.shape)))
 
     def dense(self, layer: Layer, state: KFACState) -> Array:
         """``G (x) A`` from the running averages."""
