@@ -23,9 +23,8 @@ METHODS = {
 
 
 def captured(rng, layer, n=6, s=2):
-    grads = rng.normal(
-        size=(n, s, layer.features if isinstance(layer, kf.Embedding) else layer.shape[0] // (1 + isinstance(layer, kf.Norm)))
-    )
+    width = layer.features if isinstance(layer, kf.Embedding | kf.Norm) else layer.shape[0]
+    grads = rng.normal(size=(n, s, width))
     if isinstance(layer, kf.Embedding):
         return rng.integers(0, layer.num, size=(n, s)), grads
     seen = width if isinstance(layer, kf.Norm) else 1 if isinstance(layer, kf.Bias) else layer.in_features
