@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from kfcore import factors
+from kfcore import factors, linalg
 from kfcore._array import Array, Namespace, namespace, scalar, truth
 from kfcore.curvature.base import Cost, Needs, count_failure, select
 from kfcore.curvature.kronecker import (
@@ -60,9 +60,10 @@ class EKFAC(Kronecker):
     factors are those of ``"reduce"``. Its trace is that of the Fisher matrix, and of the same data in the same basis no diagonal is
     closer to it in the Frobenius norm; of averages of different age neither is promised.
 
-    The first step is KFAC's. After that the scales are measured in the basis they are applied in, at every step at which statistics
-    are due: a refresh that is due comes after the step, not before it. Refreshing rarely costs EKFAC less than KFAC, for the scales go
-    on following the curvature in between.
+    The first step is KFAC's. After that the scales are measured in the basis they are applied in, at every step at which statistics are due:
+    a refresh that is due comes after the step, not before it. In the null space of a factor, where no basis is better than another, the
+    scales are levelled, so that every library takes the same steps. Refreshing rarely costs EKFAC less than KFAC, for the scales go on
+    following the curvature in between.
 
     A state holds ``2 (in^2 + out^2) + in out`` numbers; a refresh costs two eigendecompositions (see ``basis``), a step ``4 in out (in +
     out)`` operations and, with N examples of one position, ``2 N (in^2 + out^2 + in out)`` for the scales.
@@ -136,7 +137,7 @@ class EKFAC(Kronecker):
         if grad is not None:
             xp, grad = checked_grad(layer, grad, like.dtype)
             turned = self._turned(xp, layer, state, grad, None)
-            return KroneckerStatistics(None, 0.0, None, 0.0, terms * turned * turned, 1.0)
+            return KroneckerStatistics(None, 0.0, None, 0.0, levelled(xp, terms * turned * turned, state.solver), 1.0)
         if self.scales != "gradient" and (inputs is None or output_grads is None):
             raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
         return self.reduce_all([(layer, inputs, output_grads)], state)  # pyright: ignore[reportArgumentType]
@@ -148,7 +149,7 @@ class EKFAC(Kronecker):
         if self.scales == "gradient":
             return found
         xp = namespace(like)
-        measured = scales(xp, uses, state.solver.output_basis, state.solver.input_basis, like.dtype)
+        measured = levelled(xp, scales(xp, uses, state.solver.output_basis, state.solver.input_basis, like.dtype), state.solver)
         return found._replace(scales=measured, scale_count=found.output_count / len(uses))
 
     def observe(self, state: EKFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> EKFACState:
@@ -233,7 +234,7 @@ class EKFAC(Kronecker):
         if self.moved == "reset" or measured is False:
             return RunningAverage(weight, (kfac,))
         moved = transport(xp, state.scales.values[0], (old.output_basis, new.output_basis), (old.input_basis, new.input_basis))
-        return RunningAverage(weight, (select(xp, measured, moved, kfac),))
+        return RunningAverage(weight, (select(xp, measured, levelled(xp, moved, new), kfac),))
 
     def _strength(self, xp: Namespace, value: float | Array, measured: Array) -> Array:
         """``lambda`` as an array ``[...]``, in units of the mean scale if it is relative, at least what the dtype can carry."""
@@ -242,6 +243,26 @@ class EKFAC(Kronecker):
             mean = xp.mean(measured, axis=(-2, -1))
             value = scalar(xp, value, mean) * xp.where(mean > 0, mean, xp.ones_like(mean))
         return carried_array(xp, value if isinstance(value, float) else scalar(xp, value, top), top)
+
+
+def levelled(xp: Namespace, scales: Array, solver: Eigenbases) -> Array:
+    """``scales [..., out, in]``, each replaced by the mean over the null space of a factor where its basis vector lies in one.
+
+    There any basis is as good as another, and libraries give different ones; with one scale for all it does not matter which. Directions
+    that a factor has never seen say nothing of themselves anyhow.
+    """
+    for values, axis in ((solver.input_values, -1), (solver.output_values, -2)):
+        if values is None or values.shape[-1] < 2:
+            continue
+        floor = linalg.FLOOR * xp.finfo(values.dtype).eps * xp.sum(values, axis=-1)[..., None]
+        null = values <= floor
+        if truth(xp, xp.any(null)) is False:
+            continue
+        null = null[..., None, :] if axis == -1 else null[..., :, None]
+        share = xp.astype(null, scales.dtype)
+        share = share / xp.maximum(xp.sum(share, axis=axis, keepdims=True), xp.ones_like(share[..., :1, :1]))
+        scales = xp.where(null, xp.sum(scales * share, axis=axis, keepdims=True), scales)
+    return scales
 
 
 def _sum(x: Array) -> Array:

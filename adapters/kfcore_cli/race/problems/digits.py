@@ -30,6 +30,7 @@ class Digits:
     settings: Mapping[str, Settings] = {
         "sgd": {"lr": 0.5, "momentum": 0.9},
         "adam": {"lr": 2e-2},
+        "ekfac": {"lr": 0.1, "momentum": 0.9, "clip": 1e-2, "damping": 0.3},
         "kfac": {"lr": 1.0, "momentum": 0.9, "clip": 3e-4, "damping": 0.03, "stats_every": 5, "refresh_every": 10},
     }
 
