@@ -60,7 +60,7 @@ class EKFAC(Kronecker):
     factors are those of ``"reduce"``. Its trace is that of the Fisher matrix, and of the same data in the same basis no diagonal is
     closer to it in the Frobenius norm; of averages of different age neither is promised.
 
-    The first step is KFAC's. After that the scales are measured in the basis they are applied in, at every step at which statistics are due:
+    The first step is KFAC's. After that the scales are measured in the basis they are applied in, whenever statistics are due:
     a refresh that is due comes after the step, not before it. In the null space of a factor, where no basis is better than another, the
     scales are levelled, so that every library takes the same steps. Refreshing rarely costs EKFAC less than KFAC, for the scales go on
     following the curvature in between.
