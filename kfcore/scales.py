@@ -119,8 +119,7 @@ def _rotated(xp: Namespace, g: Array, a: Array, left: Array | None, right: Array
     (vectors, n, s, p), q, lead = g.shape[-4:], a.shape[-1], a.shape[:-3]
     afterwards = left is not None and right is not None and s > PAIRS and s * (p * p + q * q) > p * q * (p + q)
     if not afterwards:
-        g = g if left is None else g @ left[..., None, None, :, :]
-        a = a if right is None else a @ right[..., None, :, :]
+        g, a = _turned(xp, g, left), _turned(xp, a, right)
     if s == 1 and vectors > 1:
         # the same inputs for all vectors of an example: their squares add up first
         g = xp.sqrt(xp.sum(g * g, axis=-4))
@@ -128,6 +127,15 @@ def _rotated(xp: Namespace, g: Array, a: Array, left: Array | None, right: Array
         a = xp.reshape(xp.broadcast_to(a[..., None, :, :, :], (*lead, vectors, n, s, q)), (*lead, vectors * n, s, q))
     g = xp.reshape(g, (*lead, a.shape[-3], s, p))
     return rotated_squares(xp, g, a, left, right) if afterwards else squares(xp, g, a)
+
+
+def _turned(xp: Namespace, x: Array, basis: Array | None) -> Array:
+    """All rows of ``x [..., n]`` in a basis ``[*leading, n, n]``, as one product for each stacked basis."""
+    if basis is None:
+        return x
+    leading = basis.shape[:-2]
+    rows = xp.reshape(x, (*leading, math.prod(x.shape[len(leading) : -1]), x.shape[-1]))
+    return xp.reshape(rows @ basis, x.shape)
 
 
 def _rows(xp: Namespace, layer: Layer, inputs: Array, output_grads: Array, dtype: object) -> tuple[Array, Array]:
@@ -154,7 +162,7 @@ def _of_tables(xp: Namespace, uses: Sequence[Use], left: Array | None, dtype: ob
     split = [(use[0], use[1], xp.reshape(use[2], (*lead, use[2].shape[-3] // max(1, n), n, *use[2].shape[-2:]))) for use in uses]
     rows = [_of_table(xp, *use, dtype) for use in split]
     g = rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2)
-    g = g if left is None else g @ left[..., None, None, :, :]
+    g = _turned(xp, g, left)
     same = cast(xp, taken[..., :, None] == taken[..., None, :], dtype)
     squared = xp.sum(g * (same[..., None, :, :, :] @ g), axis=-4)
     flat = xp.reshape(squared, (*lead, n * s, g.shape[-1]))

@@ -251,17 +251,17 @@ def levelled(xp: Namespace, scales: Array, solver: Eigenbases) -> Array:
     There any basis is as good as another, and libraries give different ones; with one scale for all it does not matter which. Directions
     that a factor has never seen say nothing of themselves anyhow.
     """
-    for values, axis in ((solver.input_values, -1), (solver.output_values, -2)):
+    for values, turned in ((solver.input_values, False), (solver.output_values, True)):
         if values is None or values.shape[-1] < 2:
             continue
-        floor = linalg.FLOOR * xp.finfo(values.dtype).eps * xp.sum(values, axis=-1)[..., None]
-        null = values <= floor
+        null = values <= linalg.FLOOR * xp.finfo(values.dtype).eps * xp.sum(values, axis=-1)[..., None]
         if truth(xp, xp.any(null)) is False:
             continue
-        null = null[..., None, :] if axis == -1 else null[..., :, None]
         share = xp.astype(null, scales.dtype)
-        share = share / xp.maximum(xp.sum(share, axis=axis, keepdims=True), xp.ones_like(share[..., :1, :1]))
-        scales = xp.where(null, xp.sum(scales * share, axis=axis, keepdims=True), scales)
+        share = (share / xp.maximum(xp.sum(share, axis=-1), xp.ones_like(share[..., 0]))[..., None])[..., None]
+        across = scales.mT if turned else scales
+        across = xp.where(null[..., None, :], across @ share, across)
+        scales = across.mT if turned else across
     return scales
 
 
