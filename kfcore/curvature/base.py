@@ -116,13 +116,15 @@ class Method(abc.ABC):
         inputs: Array | None = None,
         output_grads: Array | None = None,
         *,
+        mask: Array | None = None,
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> Any:
         """Statistics, which merge by ``+``, of what :meth:`requires` asks for.
 
         ``inputs [..., N, S, in]`` and ``output_grads [..., N, S, out]`` are captured arrays; ``grad`` is the gradient of the mean loss and
-        ``terms`` the number of terms in that mean.
+        ``terms`` the number of terms in that mean. ``mask [..., N, S]`` is true at the positions that are real: the others are as if they
+        had not been there, and an example without any is none.
         """
 
     @abc.abstractmethod

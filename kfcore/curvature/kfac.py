@@ -16,6 +16,7 @@ from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespac
 from kfcore.curvature.base import Cost, Method, Needs, check_captured, count_failure, select
 from kfcore.factors import MATRICES, Form, Forms, sandwich
 from kfcore.layers import Layer
+from kfcore.layers.base import check_mask
 from kfcore.linalg import carried, identity, kron, thin_product
 from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, input_moment, observe, output_moment, spans, unseen
 
@@ -102,22 +103,34 @@ class KFAC(Method):
         inputs: Array | None = None,
         output_grads: Array | None = None,
         *,
+        mask: Array | None = None,
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> KroneckerStatistics:
         """Second moments of the rows; a side that is not given is left out and can be added later by ``+``.
 
-        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call.
+        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call. A mask
+        belongs to every call.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what came and what is allowed; a ``mask`` too that is not boolean, has another shape than the positions,
+            or comes with a layer that knows none (:attr:`kfcore.layers.Layer.unmaskable`).
         """
         dtype = state.average.weight.dtype
         a = g = None
         rows = examples = 0.0
         if inputs is not None:
             xp = check_captured("inputs", inputs, state.average.weight, layer.input_kind)
-            a, rows = input_moment(xp, layer, inputs, dtype)
+            if mask is not None:
+                check_mask(layer, mask, inputs.shape if layer.input_kind == "ids" else inputs.shape[:-1], "inputs", inputs)
+            a, rows = input_moment(xp, layer, inputs, dtype, mask)
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, state.average.weight)
-            g, examples = output_moment(xp, layer, output_grads, dtype, inputs)
+            if mask is not None:
+                check_mask(layer, mask, output_grads.shape[:-1], "output_grads", output_grads)
+            g, examples = output_moment(xp, layer, output_grads, dtype, inputs, mask)
         return KroneckerStatistics(a, rows, g, examples)
 
     def observe(self, state: KFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> KFACState:
