@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from kfcore._array import Array, Schedule, is_real_floating, namespace
+from kfcore._array import Array, Schedule, is_real_floating, namespace, number
 from kfcore.curvature.base import Method, Needs
 from kfcore.layers import check_layers
+from kfcore.layers.base import live_count
 from kfcore.model import Model, flatten, unflatten
 from kfcore.optimizer import ModelOptimizer, OptimizerState, Reduction, Statistics, added, merge
 from kfcore.report import Report
 from kfcore.stepsize import StepSize
 
-Record = tuple[Array, Array | None]
-Records = Mapping[str, Record | list[Record]]
+Record: TypeAlias = tuple[Array, Array | None] | tuple[Array, Array | None, Array | None]
+"""``(inputs, output_grads)``, or ``(inputs, output_grads, mask)``."""
+Records: TypeAlias = Mapping[str, Record | list[Record]]
 
 
 class Optimizer:
@@ -103,23 +106,24 @@ class Optimizer:
         """Whether the coming step wants records."""
         return self._of(state).stats_due(state)
 
-    def reduce(self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None) -> dict[str, Any]:
-        """Statistics of one record; those of several micro-batches or uses of a layer merge by ``+``.
+    def reduce(
+        self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None, mask: Array | None = None
+    ) -> dict[str, Any]:
+        """Statistics of one record, see :meth:`step`; those of several micro-batches or uses of a layer merge by ``+``.
 
         Raises
         ------
         ValueError, TypeError
             Naming the layer, what came and what was expected.
         """
-        if name not in self.layers:
-            raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
-        optimizer = self._of(state)
+        layer, optimizer = self._layer(name), self._of(state)
         needs = optimizer.needs(name)
         if output_grads is None and Needs.OUTPUT_GRADS in needs:
             raise ValueError(f"layer {name!r}: `output_grads` are missing; {self.method.name} with this Fisher type needs them")
         try:
-            captured = self.layers[name].capture(inputs, output_grads)
-            return optimizer.reduce(state, name, *captured)
+            captured = layer.capture(inputs, output_grads)
+            mask = None if mask is None else layer.capture_mask(mask, inputs)
+            return optimizer.reduce(state, name, *captured, mask=mask)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {name!r}: {error}") from error
 
@@ -142,11 +146,14 @@ class Optimizer:
         records
             By layer, the inputs ``[N, ..., in]`` and the gradients of the loss at its output ``[N, ..., out]`` as your backward pass has
             them (already divided by N where the loss is a mean); a list of such pairs where a layer is used, or a batch cut, more
-            than once. For ``fisher="mc"`` and ``"exact"`` they are instead the vectors of :func:`kfcore.fisher_vectors` pulled back,
-            undivided, one pair a vector. May be ``None`` at steps where :meth:`stats_due` says so.
+            than once. Where positions or whole examples are there only to fill up an array, a third entry ``mask [N, ...]`` of booleans
+            is true at those that are real: the others are as if they had not been there, whatever they hold. For ``fisher="mc"`` and
+            ``"exact"`` the gradients are instead the vectors of :func:`kfcore.fisher_vectors` pulled back, undivided, one record a
+            vector. May be ``None`` at steps where :meth:`stats_due` says so.
         terms
             Number of terms in the loss, if it is not the number of examples: N T for a mean over T tokens each, N C for a mean
-            squared error over C numbers each.
+            squared error over C numbers each. With masks the examples are those with a real position, and ``terms`` must be given
+            where the host cannot read the masks at once (on an accelerator, or in a compiled program).
         overrides
             See :meth:`ModelOptimizer.update`.
         """
@@ -157,7 +164,7 @@ class Optimizer:
             if missing:
                 raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}")
             if terms is None:
-                terms = self.terms_of({name: sum(part[0].shape[0] for part in parts) for name, parts in flat.items()})
+                terms = self.terms_of({name: sum(self.examples(name, *part) for part in parts) for name, parts in flat.items()})
 
             def reduce(state: OptimizerState) -> dict[str, Any]:
                 total: dict[str, Any] = {}
@@ -209,14 +216,38 @@ class Optimizer:
             self._bound[key] = ModelOptimizer(self.method, Model(self.layers, others), self.step_size, **self._options)
         return self._bound[key]
 
+    def _layer(self, name: str) -> Any:
+        if name not in self.layers:
+            raise ValueError(f"`records` name the unknown layer {name!r}; known: {', '.join(self.layers)}")
+        return self.layers[name]
+
     def _of(self, state: OptimizerState) -> ModelOptimizer:
         """The optimizer that made ``state``, known by its blocks; that of the layers alone if none here did."""
         return next((bound for bound in self._bound.values() if bound.made(state)), self._alone)
 
-    def terms_of(self, examples: Mapping[str, int]) -> float:
-        """Number of terms in the loss when each example is one, from the number of examples recorded for each layer."""
+    def examples(self, name: str, inputs: Array, output_grads: Array | None = None, mask: Array | None = None) -> float:
+        """Number of examples in one record; with a mask, of those that have a real position, or NaN where the host cannot tell."""
+        layer = self._layer(name)
+        if mask is None:
+            lead = len(getattr(layer, "leading", layer.stack))
+            return inputs.shape[lead] if inputs.ndim > lead else 0
+        try:
+            found = live_count(layer.capture_mask(mask, inputs), "reduce")
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+        xp = namespace(found)
+        least, most = number(xp, xp.min(found)), number(xp, xp.max(found))
+        return least if isinstance(least, float) and least == most else math.nan
+
+    def terms_of(self, examples: Mapping[str, float]) -> float:
+        """Number of terms in the loss when each example is one, from the number of :meth:`examples` recorded for each layer."""
         if self.method.fisher == "exact":
             raise ValueError("`terms` must be given with fisher='exact': the records repeat each example, once a column of its Hessian")
+        unknown = [name for name, count in examples.items() if math.isnan(count)]
+        if unknown:
+            raise ValueError(
+                f"`terms` must be given: the host cannot tell from the masks of {', '.join(unknown)} how many examples there are"
+            )
         if len(set(examples.values())) > 1:
             raise ValueError(f"`terms` must be given: the records have different numbers of examples, {dict(examples)}")
         samples = self.method.mc_samples if self.method.fisher == "mc" else 1
@@ -244,11 +275,14 @@ class Recorder:
         self.state = optimizer.init(params)
         self._clear()
 
-    def record(self, name: str, inputs: Array, output_grads: Array | None = None) -> None:
-        """Take what layer ``name`` saw: ``inputs [N, ..., in]`` and the gradients at its output ``[N, ..., out]``."""
+    def record(self, name: str, inputs: Array, output_grads: Array | None = None, mask: Array | None = None) -> None:
+        """Take what layer ``name`` saw: ``inputs [N, ..., in]`` and the gradients at its output ``[N, ..., out]``.
+
+        ``mask [N, ...]``, if given, is true at the positions that are real, see :meth:`Optimizer.step`.
+        """
         if self.optimizer.stats_due(self.state):
-            merge(self._statistics, self.optimizer.reduce(self.state, name, inputs, output_grads))
-            self._examples[name] = self._examples.get(name, 0) + inputs.shape[0]
+            merge(self._statistics, self.optimizer.reduce(self.state, name, inputs, output_grads, mask))
+            self._examples[name] = self._examples.get(name, 0) + self.optimizer.examples(name, inputs, output_grads, mask)
         elif name not in self.optimizer.layers:
             raise ValueError(f"`name` must be one of {', '.join(self.optimizer.layers)}, got {name!r}")
 
@@ -269,16 +303,16 @@ class Recorder:
 
     def _clear(self) -> None:
         self._statistics: dict[str, Any] = {}
-        self._examples: dict[str, int] = {}
+        self._examples: dict[str, float] = {}
 
 
 def _several(record: Any) -> Sequence[Record]:
     """A record, or a list of them, as a list."""
     parts = record if isinstance(record, list) else [record]
     for part in parts:
-        if not (isinstance(part, tuple) and len(part) == 2):
+        if not (isinstance(part, tuple) and len(part) in (2, 3)):
             came = f"a tuple of {len(part)}" if isinstance(part, tuple) else type(part).__name__
-            raise TypeError(f"`records` must hold (inputs, output_grads) pairs or lists of them, got {came}")
+            raise TypeError(f"`records` must hold (inputs, output_grads) pairs, those with a mask behind, or lists of them, got {came}")
     return parts
 
 

@@ -95,18 +95,26 @@ class ModelOptimizer:
         return needs
 
     def reduce(
-        self, state: OptimizerState, layer: str, inputs: Array | None, output_grads: Array | None, *, use: Any = None
+        self,
+        state: OptimizerState,
+        layer: str,
+        inputs: Array | None,
+        output_grads: Array | None,
+        *,
+        mask: Array | None = None,
+        use: Any = None,
     ) -> dict[str, Any]:
         """Statistics, by block, of one capture of ``layer``: ``inputs [N, S, in]``, ``output_grads [N, S, out]``.
 
-        ``use`` describes the layer as it was used there, if that is not how the model has it: with another stride or padding, say. Its
-        parameters and blocks must be the same.
+        ``mask [N, S]`` is true at the positions that are real, see :meth:`kfcore.Method.reduce`. ``use`` describes the layer as it was
+        used there, if that is not how the model has it: with another stride or padding, say. Its parameters and blocks must be the same.
         """
         parts = None if use is None or use is self.model.layers[layer] else use.blocks()
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
             block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
-            statistics[name] = block.method.reduce(block.layer if parts is None else parts[suffix], old, inputs, output_grads)
+            part = block.layer if parts is None else parts[suffix]
+            statistics[name] = block.method.reduce(part, old, inputs, output_grads, mask=mask)
         return statistics
 
     def update(

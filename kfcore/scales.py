@@ -11,20 +11,28 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
 from kfcore._array import Array, Namespace, cast, device, primitive, register_kernel
 from kfcore.layers import Layer
+from kfcore.statistics import Use
 
 PAIRS = 6
 """Positions an example up to which products of pairs of positions are summed, instead of each example's gradient being formed."""
 ROOM = 1 << 22
 """Numbers of gradients of single examples, or of patches, that are held at a time, at least those of one example."""
 
-Use = tuple[Layer, Array, Array]
-"""A layer as it was used, with its captured ``inputs [..., N, ...]`` and ``output_grads [..., K N, S, out]``."""
+
+class _Split(NamedTuple):
+    """A use with its Fisher vectors on an axis of their own."""
+
+    layer: Layer
+    inputs: Array
+    output_grads: Array
+    """``[..., K, N, S, out]``."""
+    mask: Array | None
 
 
 def scales(xp: Namespace, uses: Sequence[Use], left: Array | None, right: Array | None, dtype: object) -> Array:
@@ -42,25 +50,27 @@ def scales(xp: Namespace, uses: Sequence[Use], left: Array | None, right: Array 
     product. With up to :data:`PAIRS` of them, ``sum_st (g_s g_t)^T (a_s a_t)`` makes one of the products of all pairs. With more, the
     gradients of a few examples at a time are formed, of rotated rows or rotated afterwards, whichever takes fewer operations.
     """
-    if len({use[2].shape[-3] for use in uses}) > 1:
-        counts = ", ".join(str(use[2].shape[-3]) for use in uses)
+    split = [_split(xp, use) for use in uses]
+    if len({use.output_grads.shape[-4:-2] for use in split}) > 1:
+        counts = ", ".join(str(use.output_grads.shape[-4] * use.output_grads.shape[-3]) for use in split)
         raise ValueError(f"`uses` of one layer in one batch must have the same examples, got {counts}")
-    first = uses[0][0]
-    if first.input_kind == "ids":
-        return _of_tables(xp, uses, left, dtype)
-    lead, n = uses[0][2].ndim - 3, uses[0][1].shape[uses[0][2].ndim - 3]
-    layers = [layer for layer, _, _ in uses]
-    inputs = [x for _, x, _ in uses]
-    grads = [xp.reshape(g, (*g.shape[:lead], g.shape[lead] // max(1, n), n, *g.shape[lead + 1 :])) for _, _, g in uses]
-    numbers = sum(_positions(use) * (use[0].shape[0] + use[0].shape[1]) for use in uses)
+    if split[0].layer.input_kind == "ids":
+        return _of_tables(xp, split, left, dtype)
+    lead = split[0].output_grads.ndim - 4
+    arrays: list[Array] = []
+    axes: list[int] = []
+    for use in split:
+        arrays += [use.inputs, use.output_grads] if use.mask is None else [use.inputs, use.output_grads, use.mask]
+        axes += [lead, lead + 1] if use.mask is None else [lead, lead + 1, lead]
 
     def part(*arrays: Array) -> Array:
-        rows = [_rows(xp, *use, dtype) for use in zip(layers, arrays[: len(uses)], arrays[len(uses) :], strict=True)]
+        given = iter(arrays)
+        parts = [_Split(use.layer, next(given), next(given), None if use.mask is None else next(given)) for use in split]
+        rows = [_rows(xp, use, dtype) for use in parts]
         g, a = rows[0] if len(rows) == 1 else (xp.concat(list(side), axis=-2) for side in zip(*rows, strict=True))
         return _rotated(xp, g, a, left, right)
 
-    axes = [lead] * len(uses) + [lead + 1] * len(uses)
-    return fold(xp, part, [*inputs, *grads], axes, max(1, ROOM // max(1, numbers)))
+    return fold(xp, part, arrays, axes, max(1, ROOM // max(1, sum(_numbers(use) for use in split))))
 
 
 @primitive
@@ -138,47 +148,65 @@ def _turned(xp: Namespace, x: Array, basis: Array | None) -> Array:
     return xp.reshape(rows @ basis, x.shape)
 
 
-def _rows(xp: Namespace, layer: Layer, inputs: Array, output_grads: Array, dtype: object) -> tuple[Array, Array]:
+def _rows(xp: Namespace, use: _Split, dtype: object) -> tuple[Array, Array]:
     """Rows ``g [..., K, N, S, out]`` and ``a [..., N, S, in]`` whose products, summed over S, are the gradients of single examples.
 
-    They are those that make up the factors where every position counts for itself, whatever the layer does with them. ``output_grads`` are
-    ``[..., K, N, S, out]``.
+    They are those that make up the factors where every position counts for itself, whatever the layer does with them.
     """
-    wide: Any = layer if getattr(layer, "sharing", "expand") == "expand" else replace(layer, sharing="expand")  # pyright: ignore
-    vectors, n = output_grads.shape[-4:-2]
-    a = wide.input_rows(xp, inputs, dtype)
-    s = a.shape[-2] // max(1, n)
-    a = xp.reshape(a, (*a.shape[:-2], n, s, a.shape[-1]))
-    each = [wide.output_rows(xp, output_grads[..., k, :, :, :], dtype, inputs) for k in range(vectors)]
-    each = [xp.reshape(g, (*g.shape[:-2], n, s, g.shape[-1])) for g in each]
-    return xp.stack(each, axis=-4) if vectors > 1 else each[0][..., None, :, :, :], a
+    layer: Any = use.layer
+    wide = layer if getattr(layer, "sharing", "expand") == "expand" else replace(layer, sharing="expand")
+    n = use.output_grads.shape[-3]
+    a = wide.input_rows(xp, use.inputs, dtype, use.mask)
+    a = xp.reshape(a, (*a.shape[:-2], n, a.shape[-2] // max(1, n), a.shape[-1]))
+    each = []
+    for k in range(use.output_grads.shape[-4]):
+        g = wide.output_rows(xp, use.output_grads[..., k, :, :, :], dtype, use.inputs, use.mask)
+        each.append(xp.reshape(g, (*g.shape[:-2], *a.shape[-3:-1], g.shape[-1])))
+    return xp.stack(each, axis=-4) if len(each) > 1 else each[0][..., None, :, :, :], a
 
 
-def _of_tables(xp: Namespace, uses: Sequence[Use], left: Array | None, dtype: object) -> Array:
+def _of_tables(xp: Namespace, uses: Sequence[_Split], left: Array | None, dtype: object) -> Array:
     """The same for tables, whose rows ``a`` are columns of the identity: what the positions of one id in an example sum to, squared."""
-    layer, lead = uses[0][0], uses[0][1].shape[:-2]
-    taken = uses[0][1] if len(uses) == 1 else xp.concat([ids for _, ids, _ in uses], axis=-1)
-    n, s = taken.shape[-2:]
-    split = [(use[0], use[1], xp.reshape(use[2], (*lead, use[2].shape[-3] // max(1, n), n, *use[2].shape[-2:]))) for use in uses]
-    rows = [_of_table(xp, *use, dtype) for use in split]
+    taken = uses[0].inputs if len(uses) == 1 else xp.concat([use.inputs for use in uses], axis=-1)
+    rows = [_of_table(xp, use, dtype) for use in uses]
     g = rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2)
     g = _turned(xp, g, left)
-    same = cast(xp, taken[..., :, None] == taken[..., None, :], dtype)
-    squared = xp.sum(g * (same[..., None, :, :, :] @ g), axis=-4)
-    flat = xp.reshape(squared, (*lead, n * s, g.shape[-1]))
-    return gather_sum(xp, flat, xp.reshape(taken, (*lead, n * s)), layer.shape[1]).mT
+    lead, s, num = taken.shape[:-2], taken.shape[-1], uses[0].layer.shape[1]
+
+    def part(taken: Array, g: Array) -> Array:
+        same = cast(xp, taken[..., :, None] == taken[..., None, :], dtype)
+        squared = xp.sum(g * (same[..., None, :, :, :] @ g), axis=-4)
+        flat = (*lead, taken.shape[-2] * s)
+        return gather_sum(xp, xp.reshape(squared, (*flat, g.shape[-1])), xp.reshape(taken, flat), num)
+
+    each = max(1, math.prod(lead)) * s * (s + g.shape[-4] * g.shape[-1])
+    return fold(xp, part, [taken, g], [len(lead), len(lead) + 1], max(1, ROOM // max(1, each))).mT
 
 
-def _of_table(xp: Namespace, layer: Layer, ids: Array, output_grads: Array, dtype: object) -> Array:
-    """Output gradients ``[..., K, N, S, out]``, zero where there is none."""
-    each = [layer.output_rows(xp, output_grads[..., k, :, :, :], dtype, ids) for k in range(output_grads.shape[-4])]
-    return xp.stack([xp.reshape(g, output_grads[..., 0, :, :, :].shape) for g in each], axis=-4)
+def _of_table(xp: Namespace, use: _Split, dtype: object) -> Array:
+    """Output gradients ``[..., K, N, S, out]`` of a table, zero where there is none."""
+    every = range(use.output_grads.shape[-4])
+    each = [use.layer.output_rows(xp, use.output_grads[..., k, :, :, :], dtype, use.inputs, use.mask) for k in every]
+    return xp.stack([xp.reshape(g, use.output_grads[..., 0, :, :, :].shape) for g in each], axis=-4)
 
 
-def _positions(use: Use) -> int:
-    """Positions of an example, with each of its Fisher vectors."""
-    _, inputs, grads = use
-    return grads.shape[-2] * max(1, grads.shape[-3] // max(1, inputs.shape[grads.ndim - 3])) * math.prod(grads.shape[:-3])
+def _split(xp: Namespace, use: Use) -> _Split:
+    """``use`` with its Fisher vectors, of which each example has as many, on an axis of their own."""
+    layer, inputs, grads, mask = use
+    assert inputs is not None
+    assert grads is not None
+    lead = grads.ndim - 3
+    n = inputs.shape[lead]
+    if grads.shape[lead] % max(1, n):
+        raise ValueError(f"`output_grads` must have a multiple of the {n} examples of `inputs`, got {grads.shape[lead]}")
+    shape = (*grads.shape[:lead], grads.shape[lead] // n if n else 1, n, *grads.shape[lead + 1 :])
+    return _Split(layer, inputs, xp.reshape(grads, shape), mask)
+
+
+def _numbers(use: _Split) -> int:
+    """Numbers in the rows of an example, with each of its Fisher vectors."""
+    *lead, vectors, _, positions, _ = use.output_grads.shape
+    return math.prod(lead) * vectors * positions * sum(use.layer.shape)
 
 
 def _numpy_gather_sum(xp: Namespace, rows: Array, ids: Array, num: int) -> Array:

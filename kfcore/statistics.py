@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kfcore._array import Array, Namespace, cast, device, finite, namespace, number, own, scalar, truth
 from kfcore.layers import Layer
+from kfcore.layers.base import live_count
 from kfcore.linalg import absorb, blend, energy, gram, trace
 
 Number: TypeAlias = Any
@@ -87,21 +88,38 @@ class DiagonalMoment(NamedTuple):
         return blend(xp, old[..., None], self.values[..., None], keep, weight, ok)[..., 0]
 
 
-def input_moment(xp: Namespace, layer: Layer, inputs: Array, dtype: object) -> tuple[Moment | DiagonalMoment, Number]:
-    """Second moment of the input rows of ``layer``, in the form of its factor, and their number."""
-    count = layer.input_count(inputs)
+class Use(NamedTuple):
+    """What was captured of one use of a layer in a batch."""
+
+    layer: Layer
+    """As it was used there."""
+    inputs: Array | None
+    """``[..., N, S, in]``, or what else the layer says."""
+    output_grads: Array | None
+    """``[..., K N, S, out]``, K Fisher vectors an example."""
+    mask: Array | None = None
+    """``[..., N, S]``, true at real positions."""
+
+
+def input_moment(
+    xp: Namespace, layer: Layer, inputs: Array, dtype: object, mask: Array | None = None
+) -> tuple[Moment | DiagonalMoment, Number]:
+    """Second moment of the input rows of ``layer``, in the form of its factor, and their number, those that are masked not counted."""
+    count = layer.input_count(inputs, mask)
     rows = float(count) if isinstance(count, int) else number(xp, cast(xp, count, dtype))
     if layer.forms[1] == "diagonal":
-        return DiagonalMoment(layer.input_gram(xp, inputs, dtype)), rows
-    if isinstance(count, int) and count <= layer.shape[1]:
-        return Moment.of(xp, layer.input_rows(xp, inputs, dtype), inputs), rows
-    return Moment(layer.input_gram(xp, inputs, dtype)), rows
+        return DiagonalMoment(layer.input_gram(xp, inputs, dtype, mask)), rows
+    # masked rows are zero: they are held like the others, and pair with the zero rows of the other side
+    held = count if mask is None else layer.input_count(inputs)
+    if isinstance(held, int) and held <= layer.shape[1]:
+        return Moment.of(xp, layer.input_rows(xp, inputs, dtype, mask), inputs), rows
+    return Moment(layer.input_gram(xp, inputs, dtype, mask)), rows
 
 
 def output_moment(
-    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None
+    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None, mask: Array | None = None
 ) -> tuple[Moment | DiagonalMoment, Number]:
-    """Second moment of the output rows of ``layer``, in the form of its factor, and the number of examples.
+    """Second moment of the output rows of ``layer``, in the form of its factor, and the number of examples that have a position.
 
     Raises
     ------
@@ -112,8 +130,8 @@ def output_moment(
         raise ValueError(
             f"`inputs` must be given with `output_grads` in one call: {type(layer).__name__} makes its output factor of both, got None"
         )
-    rows = layer.output_rows(xp, output_grads, dtype, inputs)
-    examples = float(output_grads.shape[-3])
+    rows = layer.output_rows(xp, output_grads, dtype, inputs, mask)
+    examples = float(output_grads.shape[-3]) if mask is None else number(xp, cast(xp, live_count(mask, "reduce"), dtype))
     if layer.forms[0] == "diagonal":
         return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
     return Moment.of(xp, rows, output_grads), examples
@@ -128,7 +146,7 @@ class KroneckerStatistics(NamedTuple):
     inputs: Moment | DiagonalMoment | None
     """Sum of ``a a^T`` over the rows."""
     input_count: Number
-    """Number of rows: N S for expand (without padding), N for reduce. It may be ``[...]``, one a stacked layer."""
+    """Number of rows: N S for expand (without what is padding or masked), N for reduce. It may be ``[...]``, one a stacked layer."""
     outputs: Moment | DiagonalMoment | None
     """Sum of ``g g^T``."""
     output_count: Number

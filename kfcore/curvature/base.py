@@ -15,7 +15,7 @@ from kfcore._array import Array, Namespace, Schedule, is_real_floating, namespac
 from kfcore.damping import Damping, check_positive
 from kfcore.layers import Layer
 from kfcore.operators import BlockOperator
-from kfcore.statistics import GradientRows
+from kfcore.statistics import GradientRows, Use
 
 Fisher = Literal["empirical", "mc", "exact", "forward"]
 FISHERS: tuple[Fisher, ...] = ("empirical", "mc", "exact", "forward")
@@ -121,18 +121,20 @@ class Method(abc.ABC):
         inputs: Array | None = None,
         output_grads: Array | None = None,
         *,
+        mask: Array | None = None,
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> Any:
         """Statistics, which merge by ``+``, of what :meth:`requires` asks for.
 
         ``inputs [..., N, S, in]`` and ``output_grads [..., N, S, out]`` are captured arrays; ``grad`` is the gradient of the mean loss and
-        ``terms`` the number of terms in that mean.
+        ``terms`` the number of terms in that mean. ``mask [..., N, S]`` is true at the positions that are real: the others are as if they
+        had not been there, and an example without any is none.
         """
 
-    def reduce_all(self, uses: Sequence[tuple[Layer, Array | None, Array | None]], state: Any) -> Any:
-        """:meth:`reduce` of several uses of one layer in one batch, each ``(the layer as it was used, inputs, output_grads)``."""
-        return functools.reduce(operator.add, [self.reduce(layer, state, inputs, grads) for layer, inputs, grads in uses])
+    def reduce_all(self, uses: Sequence[Use], state: Any) -> Any:
+        """:meth:`reduce` of several uses of one layer in one batch."""
+        return functools.reduce(operator.add, [self.reduce(u.layer, state, u.inputs, u.output_grads, mask=u.mask) for u in uses])
 
     @abc.abstractmethod
     def observe(self, state: Any, statistics: Any, decay: float | Array | None = None) -> Any:

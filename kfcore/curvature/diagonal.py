@@ -44,19 +44,21 @@ class Tensor(Plain):
         """As a matrix: one column."""
         return math.prod(self.size), 1
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Not defined: nothing is captured of such a parameter."""
         raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Not defined either."""
         raise TypeError("a parameter outside every layer has no output gradients; reduce its gradient instead")
 
-    def input_count(self, inputs: Array) -> int:
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int:
         """Nor is this."""
         raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Nor this."""
         raise TypeError("a parameter outside every layer has no inputs; reduce its gradient instead")
 
@@ -103,6 +105,7 @@ class Diagonal(Method):
         inputs: Array | None = None,
         output_grads: Array | None = None,
         *,
+        mask: Array | None = None,
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> GradientStatistics:

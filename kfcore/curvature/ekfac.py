@@ -29,8 +29,8 @@ from kfcore.eigenbasis import Eigh, decompose_all, transport
 from kfcore.factors import MATRICES
 from kfcore.layers import Layer
 from kfcore.operators import BlockOperator
-from kfcore.scales import Use, scales
-from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
+from kfcore.scales import scales
+from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, Use, observe, unseen
 
 SCALES = ("average", "batch", "gradient")
 MOVED = ("transport", "reset", "measure")
@@ -128,6 +128,7 @@ class EKFAC(Kronecker):
         *,
         grad: Array | None = None,
         terms: float | Array = 1.0,
+        mask: Array | None = None,
     ) -> KroneckerStatistics:
         """Second moments of the rows, and of the gradients of the examples in the basis of ``state``.
 
@@ -140,7 +141,7 @@ class EKFAC(Kronecker):
             return KroneckerStatistics(None, 0.0, None, 0.0, levelled(xp, terms * turned * turned, state.solver), 1.0)
         if self.scales != "gradient" and (inputs is None or output_grads is None):
             raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
-        return self.reduce_all([(layer, inputs, output_grads)], state)  # pyright: ignore[reportArgumentType]
+        return self.reduce_all([Use(layer, inputs, output_grads, mask)], state)
 
     def reduce_all(self, uses: Sequence[Use], state: EKFACState) -> KroneckerStatistics:
         """:meth:`reduce` of several uses of one weight in one batch, whose gradients of each example add up before they are squared."""

@@ -30,7 +30,7 @@ from kfcore.factors import MATRICES, Form, Forms
 from kfcore.layers import Layer
 from kfcore.linalg import identity, kron
 from kfcore.operators import BlockOperator
-from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
+from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, Use, observe, unseen
 
 
 class Inverses(NamedTuple):
@@ -101,14 +101,22 @@ class KFAC(Kronecker):
         inputs: Array | None = None,
         output_grads: Array | None = None,
         *,
+        mask: Array | None = None,
         grad: Array | None = None,
         terms: float | Array = 1.0,
     ) -> KroneckerStatistics:
         """Second moments of the rows; a side that is not given is left out and can be added later by ``+``.
 
-        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call.
+        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call. A mask
+        belongs to every call.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what came and what is allowed; a ``mask`` too that is not boolean, has another shape than the positions,
+            or comes with a layer that knows none (:attr:`kfcore.layers.Layer.unmaskable`).
         """
-        return self._moments(layer, state.average.weight, inputs, output_grads)
+        return self._moments(state.average.weight, Use(layer, inputs, output_grads, mask))
 
     def observe(self, state: KFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> KFACState:
         """Running averages of both factors, each batch weighing 1."""

@@ -14,8 +14,9 @@ from kfcore.curvature.base import Method, Needs, check_captured
 from kfcore.eigenbasis import Basis, Decomposed, Eigh, Tracked
 from kfcore.factors import MATRICES
 from kfcore.layers import Layer
+from kfcore.layers.base import check_mask
 from kfcore.linalg import carried, thin_product
-from kfcore.statistics import GradientRows, KroneckerStatistics, input_moment, output_moment, spans
+from kfcore.statistics import GradientRows, KroneckerStatistics, Use, input_moment, output_moment, spans
 
 
 class Eigenbases(NamedTuple):
@@ -56,21 +57,25 @@ class Kronecker(Method):
             return Needs.INPUTS
         return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
 
-    def reduce_all(self, uses: Sequence[tuple[Layer, Array | None, Array | None]], state: Any) -> KroneckerStatistics:
+    def reduce_all(self, uses: Sequence[Use], state: Any) -> KroneckerStatistics:
         """The second moments of all uses; a side that is not given is left out and can be added later by ``+``."""
-        like = state.average.weight
-        return functools.reduce(operator.add, [self._moments(layer, like, inputs, grads) for layer, inputs, grads in uses])
+        return functools.reduce(operator.add, [self._moments(state.average.weight, use) for use in uses])
 
-    def _moments(self, layer: Layer, like: Array, inputs: Array | None, output_grads: Array | None) -> KroneckerStatistics:
+    def _moments(self, like: Array, use: Use) -> KroneckerStatistics:
         """Second moments of the rows of both sides, or of the side that is there."""
+        layer, inputs, output_grads, mask = use
         a = g = None
         rows = examples = 0.0
         if inputs is not None:
             xp = check_captured("inputs", inputs, like, layer.input_kind)
-            a, rows = input_moment(xp, layer, inputs, like.dtype)
+            if mask is not None:
+                check_mask(layer, mask, inputs.shape if layer.input_kind == "ids" else inputs.shape[:-1], "inputs", inputs)
+            a, rows = input_moment(xp, layer, inputs, like.dtype, mask)
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, like)
-            g, examples = output_moment(xp, layer, output_grads, like.dtype, inputs)
+            if mask is not None:
+                check_mask(layer, mask, output_grads.shape[:-1], "output_grads", output_grads)
+            g, examples = output_moment(xp, layer, output_grads, like.dtype, inputs, mask)
         return KroneckerStatistics(a, rows, g, examples)
 
     def _shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

@@ -6,6 +6,8 @@ Conventions of the whole library, written once
   uses of a tied weight; 1 where none). Verbs allow further leading axes that stack layers of equal shape.
   Inputs of a table are ids, integers ``[N, S]``. Inputs of a normalisation are what was normalised, before scale and shift.
   Inputs of a convolution keep their spatial axes, ``[N, *spatial, in]``; its rows are the patches that its S outputs see.
+* A ``mask [N, S]`` of booleans, true at the positions that are real, may come with them: all others are as if they had not been there, and
+  an example without any is none.
 * ``output_grads`` are gradients of the *per-example* loss, not divided by N.
 * A weight is a matrix ``[out, in]``; a joint bias is its last column, and the inputs get a last feature that is 1.
   A kernel is ``[out, in x kernel]``, and with groups ``[groups, out / groups, in / groups x kernel]``: groups stack as layers do.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, Protocol, runtime_checkable
 
-from kfcore._array import Array, Namespace
+from kfcore._array import Array, Namespace, device, namespace
 from kfcore.factors import MATRICES, Forms
 
 Sharing = Literal["expand", "reduce"]
@@ -43,22 +43,32 @@ class Layer(Protocol):
         """Whether :meth:`output_rows` are made of the inputs too, so that both must come in one call."""
         ...
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
-        """Rows ``[..., n, columns]`` whose second moment is the input factor, from ``inputs [..., N, S, in]``."""
+    @property
+    def unmaskable(self) -> str:
+        """Why no positions can be masked; empty if they can."""
         ...
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
+        """Rows ``[..., n, columns]`` whose second moment is the input factor, from ``inputs [..., N, S, in]``.
+
+        A row that ``mask [..., N, S]`` leaves nothing of is zero.
+        """
+        ...
+
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Rows ``[..., n, rows]`` whose second moment is the output factor, from ``output_grads [..., N, S, out]``.
 
         ``inputs`` are those of the same positions, which only a layer that wants them :attr:`together` looks at.
         """
         ...
 
-    def input_count(self, inputs: Array) -> int | Array:
-        """Number n of :meth:`input_rows`; an array ``[...]`` where it depends on what ``inputs`` hold."""
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int | Array:
+        """Number n of :meth:`input_rows`; an array ``[...]`` where it depends on what ``inputs`` or ``mask`` hold."""
         ...
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Sum of ``a a^T`` over the rows of :meth:`input_rows`, ``[..., columns, columns]``, or its diagonal where that is the form.
 
         A layer that can do so computes it without holding the rows.
@@ -67,7 +77,7 @@ class Layer(Protocol):
 
 
 class Plain:
-    """What most layers say: both factors are matrices, inputs are features, and each side is reduced by itself."""
+    """What most layers say: both factors are matrices, inputs are features, each side is reduced by itself, positions can be masked."""
 
     @property
     def forms(self) -> Forms:
@@ -83,6 +93,11 @@ class Plain:
     def together(self) -> bool:
         """No."""
         return False
+
+    @property
+    def unmaskable(self) -> str:
+        """They can."""
+        return ""
 
 
 class Turned:
@@ -129,6 +144,45 @@ def flat_positions(xp: Namespace, name: str, ids: Array, stack: tuple[int, ...])
         axes = "".join(f"{n}, " for n in stack)
         raise ValueError(f"`{name}` must have shape [{axes}N, ...], got {tuple(ids.shape)}")
     return xp.reshape(ids, (*ids.shape[: lead + 1], math.prod(ids.shape[lead + 1 :])))
+
+
+def check_mask(layer: Layer, mask: Array, positions: tuple[int, ...], source: str, captured: Array) -> None:
+    """Raise unless ``mask`` is boolean, one entry for each of the ``positions`` of what was ``captured``, and of use to ``layer``."""
+    if layer.unmaskable:
+        raise ValueError(f"`mask` must be None for {type(layer).__name__}: {layer.unmaskable}")
+    xp = namespace(mask, captured)
+    if not xp.isdtype(mask.dtype, "bool"):
+        raise TypeError(f"`mask` must be boolean, True at real positions, got {mask.dtype}")
+    if tuple(mask.shape) != tuple(positions):
+        raise ValueError(f"`mask` must have shape {tuple(positions)}, one entry for each position of `{source}`, got {tuple(mask.shape)}")
+
+
+def mask_positions(layer: Layer, mask: Array, positions: tuple[int, ...], inputs: Array) -> Array:
+    """``mask [*stack, N, ...]``, which must have the shape ``positions``, as ``[*stack, N, S]``."""
+    check_mask(layer, mask, positions, "inputs", inputs)
+    lead = len(layer.stack) + 1
+    return namespace(mask).reshape(mask, (*positions[:lead], math.prod(positions[lead:])))
+
+
+def live_only(xp: Namespace, x: Array, mask: Array) -> Array:
+    """``x [..., N, S, d]`` with zeros where ``mask [..., N, S]`` is false.
+
+    A selection, not a product: what stands at a position that is none has no effect, finite or not.
+    """
+    return xp.where(mask[..., None], x, xp.zeros((), dtype=x.dtype, device=device(x)))
+
+
+def live_examples(xp: Namespace, mask: Array, dtype: object) -> Array:
+    """1 for each example that has a position, else 0: ``[..., N]`` of ``mask [..., N, S]``."""
+    return xp.astype(xp.any(mask, axis=-1), dtype)
+
+
+def live_count(mask: Array, sharing: Sharing) -> Array:
+    """Number of positions that ``mask [..., N, S]`` leaves (expand), or of examples that have one (reduce), ``[...]``, int32."""
+    xp = namespace(mask)
+    if sharing == "expand":
+        return xp.sum(xp.astype(mask, xp.int32), axis=(-2, -1), dtype=xp.int32)
+    return xp.sum(live_examples(xp, mask, xp.int32), axis=-1, dtype=xp.int32)
 
 
 def checked_int(name: str, kind: str, value: object, got: object = None) -> None:

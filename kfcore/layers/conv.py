@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-from kfcore.layers.base import Layer, Parameters, Plain, Sharing, merge
+from kfcore.layers.base import Layer, Parameters, Plain, Sharing, mask_positions, merge
 from kfcore.layers.linear import Bias
 from kfcore.linalg import gram
 from kfcore.patches import PADDING_MODES, PaddingMode, Window, patch_means, patch_moments, patch_rows
@@ -219,6 +219,11 @@ class Conv(Plain):
 
     # -- captured arrays -----------------------------------------------------------------------------------------------
 
+    @property
+    def unmaskable(self) -> str:
+        """A patch is made of several positions of the input, masked ones and others."""
+        return "the positions of its output are not those of its input"
+
     def capture(self, inputs: Array, output_grads: Array | None) -> tuple[Array, Array | None]:
         """Bring what a user recorded to ``inputs [N, *spatial, in]`` and ``output_grads [N, S, out]``.
 
@@ -242,7 +247,11 @@ class Conv(Plain):
             )
         return flat, xp.reshape(grads, (*self.leading, examples, math.prod(outputs), self.out_channels))
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def capture_mask(self, mask: Array, inputs: Array) -> Array:
+        """Refused, see :attr:`unmaskable`."""
+        return mask_positions(self, mask, inputs.shape, inputs)
+
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: None = None) -> Array:
         """Patches as rows ``[..., *stack, n, columns]``; n = N S for expand, N (each the mean of its S patches) for reduce."""
         window, offsets = self._window_of(inputs), math.prod(self.kernel)
         width = self.in_channels // self.groups
@@ -257,12 +266,12 @@ class Conv(Plain):
         rows = xp.reshape(rows, (*self._stacked(rows.shape[:-3]), rows.shape[-3], width * offsets))
         return append(xp, rows, 1.0) if self.bias == "joint" else rows
 
-    def input_count(self, inputs: Array) -> int:
+    def input_count(self, inputs: Array, mask: None = None) -> int:
         """Rows of :meth:`input_rows`, in each group."""
         spatial = tuple(inputs.shape[-1 - self.axes : -1])
         return inputs.shape[-2 - self.axes] * (math.prod(self.window(spatial).outputs(spatial)) if self.sharing == "expand" else 1)
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: None = None) -> Array:
         """Second moment of the patches ``[..., *stack, columns, columns]``; their matrix is never held (expand)."""
         if self.sharing == "reduce":
             return gram(xp, self.input_rows(xp, inputs, dtype))
@@ -280,7 +289,7 @@ class Conv(Plain):
         corner = xp.full((*stack, 1), float(self.input_count(inputs)), dtype=moment.dtype, device=device(moment))
         return append(xp, xp.concat([moment, first[..., None, :]], axis=-2), xp.concat([first, corner], axis=-1))
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: None = None) -> Array:
         """Rows ``[..., *stack, n, out / groups]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
         rows = merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)

@@ -9,7 +9,20 @@ from typing import Literal
 from kfcore import linalg
 from kfcore._array import Array, Namespace, cast, device, namespace, readable
 from kfcore.factors import Forms
-from kfcore.layers.base import Layer, Parameters, Sharing, Turned, checked_int, checked_stack, flat_positions, merge, positions
+from kfcore.layers.base import (
+    Layer,
+    Parameters,
+    Sharing,
+    Turned,
+    checked_int,
+    checked_stack,
+    flat_positions,
+    live_count,
+    live_only,
+    mask_positions,
+    merge,
+    positions,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,11 @@ class Embedding(Turned):
         return self.padding is not None
 
     @property
+    def unmaskable(self) -> str:
+        """They can."""
+        return ""
+
+    @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shape of the table in the user's layout, under ``"weight"``."""
         shape = (self.num, self.features) if self.layout == "io" else (self.features, self.num)
@@ -120,22 +138,23 @@ class Embedding(Turned):
             )
         return ids, grads
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def capture_mask(self, mask: Array, inputs: Array) -> Array:
+        """Bring ``mask [N, ...]``, true at the positions of ``inputs [N, ...]`` that are real, to ``[N, S]``."""
+        return mask_positions(self, mask, inputs.shape, inputs)
+
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """One-hot rows ``[..., N S, num]``, zero at padding: for analysis of small tables, the methods make no use of them."""
-        ids = self._checked(xp, inputs)
-        rows = ids[..., None] == xp.arange(self.num, dtype=ids.dtype, device=device(ids))
-        if self.padding is not None:
-            rows = rows & self._live(xp, ids)[..., None]
-        return merge(xp, xp.astype(rows, dtype))
+        ids = self._taken(xp, inputs, mask)
+        return merge(xp, xp.astype(ids[..., None] == xp.arange(self.num, dtype=ids.dtype, device=device(ids)), dtype))
 
-    def input_count(self, inputs: Array) -> int | Array:
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int | Array:
         """Number of positions, without padding; an array ``[...]`` if there may be some."""
-        if self.padding is None:
+        if mask is None and self.padding is None:
             return inputs.shape[-2] * inputs.shape[-1]
-        xp = namespace(inputs)
-        return xp.sum(xp.astype(self._live(xp, inputs), xp.int32), axis=(-2, -1), dtype=xp.int32)
+        live = self._live(_wide(namespace(inputs), inputs, self.num), mask)
+        return live_count(live, "expand")
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """How often each row was taken, ``[..., num]``: the diagonal of the second moment of the one-hot rows.
 
         Raises
@@ -143,13 +162,12 @@ class Embedding(Turned):
         ValueError
             If an id is no row of the table, and the host can read it.
         """
-        ids = self._checked(xp, inputs)
-        found = linalg.counts(xp, xp.reshape(ids, (*ids.shape[:-2], ids.shape[-2] * ids.shape[-1])), self.num)
-        if self.padding is not None:
-            found = xp.where(xp.arange(self.num, device=device(found)) == self.padding, xp.zeros_like(found), found)
-        return cast(xp, found, dtype)
+        ids = self._taken(xp, inputs, mask)
+        return cast(xp, linalg.counts(xp, xp.reshape(ids, (*ids.shape[:-2], ids.shape[-2] * ids.shape[-1])), self.num), dtype)
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Rows ``[..., N S, features]``, zero at padding."""
         grads = cast(xp, output_grads, dtype)
         if self.padding is not None and inputs is not None:
@@ -158,22 +176,28 @@ class Embedding(Turned):
                     f"`inputs` must have the shape of `output_grads` without the features, {tuple(grads.shape[:-1])}, got "
                     f"{tuple(inputs.shape)}"
                 )
-            # a selection, not a product: a gradient that is not finite is no gradient at a position that is none
-            grads = xp.where(self._live(xp, inputs)[..., None], grads, xp.zeros_like(grads))
-        return merge(xp, grads)
+            mask = self._live(_wide(xp, inputs, self.num), mask)
+        return merge(xp, grads if mask is None else live_only(xp, grads, mask))
 
-    def _live(self, xp: Namespace, ids: Array) -> Array:
-        """Which positions are not padding."""
-        return _wide(xp, ids, self.num) != self.padding
+    def _live(self, ids: Array, mask: Array | None) -> Array | None:
+        """Which positions are neither masked nor padding, if that is not all."""
+        if self.padding is None:
+            return mask
+        return ids != self.padding if mask is None else mask & (ids != self.padding)
 
-    def _checked(self, xp: Namespace, ids: Array) -> Array:
-        """``ids`` in a dtype that holds ``num``; raise where one is outside of the table and the host can see it."""
+    def _taken(self, xp: Namespace, ids: Array, mask: Array | None) -> Array:
+        """``ids`` in a dtype that holds ``num``, which stands, being no row, where none was taken.
+
+        Raise if one that was is outside of the table and the host can see it.
+        """
         ids = _wide(xp, ids, self.num)
+        live = self._live(ids, mask)
         if 0 not in ids.shape and readable(xp, ids):
-            low, high = int(xp.min(ids)), int(xp.max(ids))
-            if low < 0 or high > max(self.num - 1, self.padding or 0):
+            seen = ids if live is None else xp.where(live, ids, xp.zeros((), dtype=ids.dtype, device=device(ids)))
+            low, high = int(xp.min(seen)), int(xp.max(seen))
+            if low < 0 or high >= self.num:
                 raise ValueError(f"`inputs` must be ids from 0 to {self.num - 1}, rows of the table, got ids from {low} to {high}")
-        return ids
+        return ids if live is None else xp.where(live, ids, xp.full((), self.num, dtype=ids.dtype, device=device(ids)))
 
 
 def _wide(xp: Namespace, ids: Array, num: int) -> Array:

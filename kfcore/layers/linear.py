@@ -7,7 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kfcore._array import Array, Namespace, append, cast, device, namespace
-from kfcore.layers.base import Layer, Parameters, Plain, Sharing, Turned, checked_int, checked_stack, merge, positions
+from kfcore.layers.base import (
+    Layer,
+    Parameters,
+    Plain,
+    Sharing,
+    Turned,
+    checked_int,
+    checked_stack,
+    live_count,
+    live_examples,
+    live_only,
+    mask_positions,
+    merge,
+    positions,
+)
 from kfcore.linalg import gram
 
 
@@ -104,26 +118,49 @@ class Linear(Turned, Plain):
             )
         return flat, grads
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def capture_mask(self, mask: Array, inputs: Array) -> Array:
+        """Bring ``mask [N, ...]``, true at the positions of ``inputs [N, ..., in]`` that are real, to ``[N, S]``."""
+        return mask_positions(self, mask, inputs.shape[:-1], inputs)
+
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Rows ``[..., n, in (+1)]``; n = N S for expand, N for reduce."""
         inputs = cast(xp, inputs, dtype)
+        if mask is not None:
+            return self._masked_rows(xp, inputs, dtype, mask)
         rows = merge(xp, inputs) if self.sharing == "expand" else xp.mean(inputs, axis=-2)
         if self.bias != "joint":
             return rows
         return append(xp, rows, 1.0)
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def _masked_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array) -> Array:
+        """:meth:`input_rows` where some are zero, the 1 of a joint bias too; means are of the live positions."""
+        inputs = live_only(xp, inputs, mask)
+        if self.sharing == "expand":
+            rows, ones = merge(xp, inputs), xp.astype(merge(xp, mask[..., None])[..., 0], dtype)
+        else:
+            ones = live_examples(xp, mask, dtype)
+            # an example without a position divides its sum, which is zero, by 1
+            rows = xp.sum(inputs, axis=-2) / (xp.sum(xp.astype(mask, dtype), axis=-1) + (1.0 - ones))[..., None]
+        return append(xp, rows, ones) if self.bias == "joint" else rows
+
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Rows ``[..., n, out]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
+        if mask is not None:
+            grads = live_only(xp, grads, mask)
         return merge(xp, grads) if self.sharing == "expand" else xp.sum(grads, axis=-2)
 
-    def input_count(self, inputs: Array) -> int:
-        """Rows of :meth:`input_rows`."""
-        return inputs.shape[-3] * (inputs.shape[-2] if self.sharing == "expand" else 1)
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int | Array:
+        """Rows of :meth:`input_rows`, those that are masked not counted."""
+        if mask is None:
+            return inputs.shape[-3] * (inputs.shape[-2] if self.sharing == "expand" else 1)
+        return live_count(mask, self.sharing)
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Second moment of the rows."""
-        return gram(xp, self.input_rows(xp, inputs, dtype))
+        return gram(xp, self.input_rows(xp, inputs, dtype, mask))
 
 
 @dataclass(frozen=True)
@@ -153,19 +190,24 @@ class Bias(Plain):
         """``(features, 1)``."""
         return self.features, 1
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Ones ``[..., N, 1]``."""
+        if mask is not None:
+            return live_examples(xp, mask, dtype)[..., None]
         shape = (*inputs.shape[: -1 - self.axes], 1)
         return xp.ones(shape, dtype=dtype, device=device(inputs))
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Sums over the positions, ``[..., N, features]``."""
-        return xp.sum(cast(xp, output_grads, dtype), axis=-2)
+        grads = cast(xp, output_grads, dtype)
+        return xp.sum(grads if mask is None else live_only(xp, grads, mask), axis=-2)
 
-    def input_count(self, inputs: Array) -> int:
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int | Array:
         """Number of examples."""
-        return inputs.shape[-2 - self.axes]
+        return inputs.shape[-2 - self.axes] if mask is None else live_count(mask, "reduce")
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Second moment of the rows."""
-        return gram(xp, self.input_rows(xp, inputs, dtype))
+        return gram(xp, self.input_rows(xp, inputs, dtype, mask))

@@ -9,7 +9,18 @@ from typing import Literal
 
 from kfcore._array import Array, Namespace, cast, device, namespace
 from kfcore.factors import Forms
-from kfcore.layers.base import Layer, Parameters, Plain, checked_int, checked_stack, positions
+from kfcore.layers.base import (
+    Layer,
+    Parameters,
+    Plain,
+    checked_int,
+    checked_stack,
+    live_count,
+    live_examples,
+    live_only,
+    mask_positions,
+    positions,
+)
 
 
 @dataclass(frozen=True)
@@ -130,25 +141,42 @@ class Norm(Plain):
             raise ValueError(f"`inputs` and `output_grads` must agree in shape, got {tuple(inputs.shape)} and {tuple(output_grads.shape)}")
         return flat, self._positions(xp, "output_grads", output_grads)
 
-    def input_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def capture_mask(self, mask: Array, inputs: Array) -> Array:
+        """Bring ``mask``, true at the positions that are real, of the shape of ``inputs`` without the features, to ``[N, S]``."""
+        lead = len(self.stack) + 1
+        if self.channels == "first":
+            shape = (*inputs.shape[:lead], *inputs.shape[lead + 1 :])
+        else:
+            shape = inputs.shape[: inputs.ndim - len(self._axes)]
+        return mask_positions(self, mask, shape, inputs)
+
+    def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """Ones ``[..., N, 1]``: the example's gradient is all in the output rows."""
+        if mask is not None:
+            return live_examples(xp, mask, dtype)[..., None]
         return xp.ones((*inputs.shape[:-2], 1), dtype=dtype, device=device(inputs))
 
-    def input_count(self, inputs: Array) -> int:
+    def input_count(self, inputs: Array, mask: Array | None = None) -> int | Array:
         """Number of examples."""
-        return inputs.shape[-3]
+        return inputs.shape[-3] if mask is None else live_count(mask, "reduce")
 
-    def input_gram(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+    def input_gram(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
         """The number of examples as a matrix ``[..., 1, 1]``."""
+        if mask is not None:
+            return xp.astype(live_count(mask, "reduce"), dtype)[..., None, None]
         return xp.full((*inputs.shape[:-3], 1, 1), float(inputs.shape[-3]), dtype=dtype, device=device(inputs))
 
-    def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None) -> Array:
+    def output_rows(
+        self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
+    ) -> Array:
         """Each example's gradient ``[..., N, 2 features]``: ``sum_s xhat g``, and behind it ``sum_s g``."""
         if inputs is None or inputs.shape != output_grads.shape:
             came = None if inputs is None else tuple(inputs.shape)
             raise ValueError(f"`inputs` must be given with the shape of `output_grads`, {tuple(output_grads.shape)}, got {came}")
-        grads = cast(xp, output_grads, dtype)
-        scale = xp.sum(cast(xp, inputs, dtype) * grads, axis=-2)
+        grads, hat = cast(xp, output_grads, dtype), cast(xp, inputs, dtype)
+        if mask is not None:
+            grads, hat = live_only(xp, grads, mask), live_only(xp, hat, mask)
+        scale = xp.sum(hat * grads, axis=-2)
         return xp.concat([scale, xp.sum(grads, axis=-2)], axis=-1) if self.bias else scale
 
     @property

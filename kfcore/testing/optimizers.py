@@ -117,6 +117,29 @@ class OptimizerTests:
             refresh_every=3,
         )
 
+    def test_step_with_masks(self) -> None:
+        """Batches of several sizes filled up to one with examples that are none, whatever they hold: those without them."""
+        b, rng, sizes = self.backend, np.random.default_rng(37), self._sizes
+        truth = reference.Trajectory(reference.random_params(rng, sizes), damping=0.1, refresh_every=2)
+        optimizer = Optimizer(KFAC(damping=0.1, refresh_every=2), linears(sizes, {}))
+        params = b.put(truth.params)
+        state = optimizer.init(params)
+
+        def run(params: Any, grads: Any, records: Any, state: Any, mask: Any, terms: Any) -> Any:
+            masked = {name: (*record, mask) for name, record in records.items()}
+            return optimizer.step(params, grads, masked, state, terms=terms)
+
+        step = self._wrap_step(run)
+        for n in (N, N - 2, N - 3):
+            x, y = rng.normal(size=(n, sizes[0])), rng.normal(size=(n, sizes[2]))
+            grads, records = reference.network(truth.params, x, y)
+            filled = {k: tuple(np.concatenate([v, np.full((N - n, v.shape[1]), np.nan)]) for v in r) for k, r in records.items()}
+            mask, terms = np.arange(N) < n, np.asarray(float(n))
+            params, state = step(params, b.put(grads), b.put(filled), state, b.put(mask), b.put(terms))
+            truth.step(x, y)
+            assert_close(flatten(params), flatten(truth.params), b, 1e-9, f"step with {n} examples of {N}: params")
+        assert optimizer.diagnostics(state)["dropped_statistics"] == {}
+
     def test_step_of_a_table_and_a_norm(self) -> None:
         """Four steps with a table that has padding, a normalisation and a dense layer, by every kind of factor."""
         b, rng, num, features, damping = self.backend, np.random.default_rng(36), 5, 3, 0.1

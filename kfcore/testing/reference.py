@@ -5,6 +5,7 @@ Nothing here calls the library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,22 @@ def norm_factors(hat: Arr, output_grads: Arr, bias: bool = True, full: bool = Fa
     rows = np.concatenate(rows, axis=-1)
     moment = np.einsum("...ni,...nj->...ij", rows, rows) / rows.shape[-2]
     return np.ones((*rows.shape[:-2], 1, 1)), moment if full else moment * np.eye(rows.shape[-1])
+
+
+def shortened(
+    factors_of: Callable[[Arr, Arr], tuple[Arr, Arr]], inputs: Arr, output_grads: Arr, mask: Arr, by: str = "positions"
+) -> tuple[Arr, Arr]:
+    """``A`` and ``G`` of examples of their own length: the positions at which ``mask [..., N, S]`` is false are cut out of each.
+
+    ``factors_of`` gives those of one example; ``A`` is their mean weighted by rows, one for each position or one for each example.
+    """
+    if mask.ndim > 2:
+        pairs = [shortened(factors_of, *one, by) for one in zip(inputs, output_grads, mask, strict=True)]
+        return np.stack([a for a, _ in pairs]), np.stack([g for _, g in pairs])
+    found = [factors_of(a[m][None], g[m][None]) for a, g, m in zip(inputs, output_grads, mask, strict=True) if m.any()]
+    rows = [m.sum() if by == "positions" else 1 for m in mask if m.any()]
+    a = sum(n * a for n, (a, _) in zip(rows, found, strict=True)) / sum(rows)
+    return np.asarray(a), np.mean([g for _, g in found], axis=0)
 
 
 def padded(x: Arr, pads: Any) -> Arr:

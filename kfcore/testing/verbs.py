@@ -187,6 +187,53 @@ class MethodTests:
                 expected.append(reference.norm_factors(x, g, bias=layer.bias, full=layer.block == "full"))
             self._check(KFAC(damping=damping, stats_decay=DECAY), layer, batches, expected, "float64", leading)
 
+    def test_kfac_masks(self) -> None:
+        """Factors of every layer kind where positions, and a whole example, are none: those of examples of their own length."""
+        b, rng, method = self.backend, np.random.default_rng(21), KFAC()
+
+        def joint(sharing: str) -> Any:
+            return lambda a, g: reference.factors(a, g, sharing)
+
+        cases: list[tuple[Any, Any, str]] = [
+            (Linear(4, 3, stack=(2,)), joint("expand"), "positions"),
+            (Linear(9, 8, sharing="reduce"), joint("reduce"), "examples"),
+            (Norm(3), reference.norm_factors, "examples"),
+            (Embedding(6, 3, padding=6), lambda a, g: reference.table_factors(a, g, 6), "positions"),
+            (Linear(9, 8), joint("expand"), "positions"),
+            (Linear(4, 3, sharing="reduce", stack=(2,)), joint("reduce"), "examples"),
+            (Bias(3), lambda a, g: (np.ones((1, 1)), reference.factors(a, g, "reduce")[1]), "examples"),
+        ]
+        cases = cases[:4] if b.thrifty else cases
+        data, expected = [], []
+        for layer, factors_of, by in cases:
+            mask = rng.random((*layer.stack, 5, 3)) < 0.6
+            mask[..., 0, :], mask[..., 1, :], mask[..., 2, 0] = True, False, True
+            width = layer.size if isinstance(layer, Norm) else layer.shape[0]
+            g = rng.normal(size=(*mask.shape, width))
+            if isinstance(layer, Embedding):
+                x = rng.integers(0, 6, size=mask.shape, dtype=np.int32)
+                spoilt = np.where(mask, x, np.int32(-7))
+            else:
+                x = rng.normal(size=(*mask.shape, getattr(layer, "in_features", width)))
+                spoilt = np.where(mask[..., None], x, np.nan)
+            a, moment = reference.shortened(factors_of, x, g, mask, by)
+            expected.append(tuple(_in_form(form, side) for form, side in zip(layer.forms, (moment, a), strict=True))[::-1])
+            data.append((spoilt, np.where(mask[..., None], g, np.inf), mask))
+
+        def run(like: Any, data: Any) -> Any:
+            states = [method.init(layer, like, layer.stack) for layer, _, _ in cases]
+            seen = zip(cases, states, data, strict=True)
+            return [
+                method.observe(state, method.reduce(layer, state, x, g, mask=mask)).average.values
+                for (layer, _, _), state, (x, g, mask) in seen
+            ]
+
+        for dtype in ("float64",) if b.thrifty else TOLERANCE:
+            found = b.call(run, b.put(np.zeros(()), dtype), b.put(data, dtype))
+            for (layer, _, _), values, wanted in zip(cases, found, expected, strict=True):
+                desired = tuple(side.astype(dtype) for side in wanted)
+                assert_close(values, desired, b, TOLERANCE[dtype], f"masked {layer} in {dtype}: averages")
+
     def test_table_and_norm_layers(self) -> None:
         """What was captured and the parameters as matrices, and the parameters back, as with NumPy arrays."""
         rng = np.random.default_rng(20)
