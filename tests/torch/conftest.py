@@ -86,11 +86,13 @@ def rebuilt(model, backward, **options):
     def record(state, name, inputs, output_grads, use=None):
         found = reduce(state, name, inputs, output_grads, use=use)
         for suffix, layer in (use or core.model.layers[name]).blocks().items():
-            a = layer.input_rows(xp, inputs, inputs.dtype)
-            g, size = (layer.output_rows(xp, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
+            a = layer.input_rows(xp, inputs, output_grads.dtype)
+            g = layer.output_rows(xp, output_grads, output_grads.dtype, inputs)
+            size = layer.output_rows(xp, output_grads.abs(), output_grads.dtype, inputs.abs())
             sums[name + suffix] = sums.get(name + suffix, 0) + g.mT @ a
             sizes[name + suffix] = sizes.get(name + suffix, 0) + size.mT @ a.abs()
-            moments[name + suffix] = moments.get(name + suffix, 0) + a.mT @ a
+            moment = a.mT @ a
+            moments[name + suffix] = moments.get(name + suffix, 0) + (moment.diagonal() if layer.forms[1] == "diagonal" else moment)
         return found
 
     core.reduce = record
