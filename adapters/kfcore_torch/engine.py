@@ -239,11 +239,12 @@ class Engine:
             )
         if self.strict:
             raise RuntimeError(f"`strict` is set, but {'; '.join(f'{n}: {why}' for n, why in silent.items())}")
+        first = int(self.state.curvature.observed) == 0
         new = {name: why for name, why in silent.items() if name not in self._warned or name in refused}
         self._warned |= set(new)
         for name, why in new.items():
             warnings.warn(f"layer {name!r} has no statistics in this step: {why}", stacklevel=5)
-        moving = new if int(self.state.curvature.observed) == 0 else {name: why for name, why in new.items() if name in refused}
+        moving = {name: why for name, why in new.items() if first or name in refused}
         if moving:
             self._excluded |= moving
             statistics, terms = self._statistics, self._terms

@@ -2,9 +2,9 @@
 
 The first axis of what a layer is called with is that of the examples. A table of positions called with ``arange(T)`` has none: its rows
 are added to those of every example, and its output gradients are sums over the batch, whose second moment is not that of examples'
-gradients. The batch has as many examples as most layers saw; a table or a normalisation that saw another number is a stray. A table
-called with a bare row of as many ids as there are examples and, somewhere, positions too, may be either, and is one as well, unless
-an earlier batch told.
+gradients. There are as many examples as most layers saw, and a table or a normalisation that saw another number of them is a stray.
+So is a table called with ids on one axis where there are as many positions as examples, for those may be either; unless a batch before
+told which.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Examples:
                 if alone and not unclear:
                     self._known.add(name)
                 elif unclear and name not in self._known:
-                    found[name] = f"called with {_some(unclear)} ids, which is the number of the examples and of positions too: give it [N, S]"
+                    found[name] = f"its {_some(unclear)} ids are examples or positions, of which there are as many: give it ids [N, S]"
         return found
 
     def _positions(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def blocks_of_ggn(model, outputs, terms):
             rows.setdefault(name, []).append(matrix)
     found = {}
     for name, of_name in rows.items():
-        j = torch.stack(of_name).flatten(1)
+        j = torch.stack(of_name).reshape(f.numel(), -1)
         found[name] = (2.0 / terms * j.mT @ j).numpy()
     return found
 
