@@ -154,7 +154,9 @@ def test_a_frozen_scale_says_why_the_shift_falls_back(lib):
     lib.train(model, optimizer, [(x, y)])
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(C, elementwise_affine=False), nn.GroupNorm(2, C, affine=False), nn.BatchNorm1d(C, affine=False)])
+@pytest.mark.parametrize(
+    "module", [nn.LayerNorm(C, elementwise_affine=False), nn.GroupNorm(2, C, affine=False), nn.BatchNorm1d(C, affine=False)]
+)
 def test_nothing_to_train_is_nothing_to_report(module):
     model = nn.Sequential(module, nn.Linear(C, 3))
     assert [row.parameter for row in Optimizer(model, kf.KFAC()).report()] == ["1.weight", "1.bias"]
@@ -268,7 +270,11 @@ def test_a_tracked_instance_norm_is_normalised_as_it_was_in_the_forward_pass(lib
 
 
 def test_a_normalisation_before_the_loss_counts_its_rows():
-    for norm, shape, rows in ((nn.LayerNorm(C), (N, 3, C), 3 * N), (nn.GroupNorm(2, C), (N, C, 3), 3 * N), (nn.LayerNorm((3, C)), (N, 3, C), N)):
+    for norm, shape, rows in (
+        (nn.LayerNorm(C), (N, 3, C), 3 * N),
+        (nn.GroupNorm(2, C), (N, C, 3), 3 * N),
+        (nn.LayerNorm((3, C)), (N, 3, C), N),
+    ):
         optimizer = Optimizer(nn.Sequential(norm), kf.KFAC(), lr=0.0)
         norm(torch.randn(shape)).square().mean().backward()
         assert optimizer.engine._terms == rows
