@@ -8,7 +8,7 @@ from kfcore_torch import Optimizer
 
 nn, F = torch.nn, torch.nn.functional
 DOUBLE = {"dtype": torch.float64}
-N, T, I, H = 4, 6, 3, 5
+N, T, D, H = 4, 6, 3, 5
 
 
 class Recurrent(nn.Module):
@@ -20,7 +20,7 @@ class Recurrent(nn.Module):
         self.gates, self.every = gates, every
         width = H if gates == "tanh" else 4 * H
         self.inp, self.hidden, self.head = (
-            nn.Linear(I, width, **DOUBLE),
+            nn.Linear(D, width, **DOUBLE),
             nn.Linear(H, width, bias=False, **DOUBLE),
             nn.Linear(H, 2, **DOUBLE),
         )
@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
 
 def sequences(step=0):
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(N, T, I, generator=generator, **DOUBLE)
+    x = torch.randn(N, T, D, generator=generator, **DOUBLE)
     return x, (x.sum(dim=(1, 2)) > 0).long()
 
 
@@ -108,7 +108,7 @@ CELLS = [nn.RNNCell, nn.LSTMCell, nn.GRUCell]
 def test_fused_modules_fall_back_with_the_reason(kind):
     torch.manual_seed(0)
     model = nn.Module()
-    model.body, model.head = kind(I, H, **DOUBLE), nn.Linear(H, 2, **DOUBLE)
+    model.body, model.head = kind(D, H, **DOUBLE), nn.Linear(H, 2, **DOUBLE)
 
     def forward(x):
         if kind in FUSED:
