@@ -221,7 +221,7 @@ def sentences(step):
 @pytest.mark.parametrize("padding", [None, 2], ids=["plain", "padding"])
 @pytest.mark.parametrize("block", ["diagonal", "full"])
 @pytest.mark.parametrize("kind", ["factored", "exact"])
-def test_twenty_five_steps_of_tokens_agree(lib, kind, block, padding):
+def test_twenty_five_steps_of_tokens_agree(lib, kind, block, padding, tmp_path):
     method = kf.KFAC(damping=kf.Damping(0.05, kind), stats_every=2, refresh_every=4)
     net, start = Tokens(padding), lib.weights(Tokens(padding))
     optimizer = Optimizer(net, method, lr=0.05, momentum=0.9, norm=block)
@@ -239,3 +239,8 @@ def test_twenty_five_steps_of_tokens_agree(lib, kind, block, padding):
     theirs = np.concatenate([params[n][role].ravel() for n in layers for role in layers[n].parameters])
     assert lib.gap(start, theirs) > 1e-2, "nothing moved"
     assert lib.gap(lib.weights(net), theirs) <= 1e-10
+    optimizer.save(tmp_path / "state.safetensors")
+    loaded = kf.load(tmp_path / "state.safetensors", by_hand.bind(params), by_hand.init(params))
+    grads, records = reference.tokens(params, *(t.numpy() for t in sentences(25)), padding)
+    ours, theirs = (by_hand.step(params, grads, records, s)[0] for s in (loaded, state))
+    assert all(lib.gap(ours[n][role], theirs[n][role]) <= 1e-10 for n in layers for role in layers[n].parameters)
