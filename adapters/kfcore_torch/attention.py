@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Seen = Callable[[str, Tensor, Tensor, bool, Callable[[Tensor], Tensor]], None]
+from kfcore_torch.views import View
+
+Seen = Callable[[str, Tensor, Tensor, bool, View], None]
 
 
 class Projection(NamedTuple):
@@ -40,7 +42,7 @@ class Watch:
     wanted
         Asked before each forward pass whether to look.
     seen
-        Called as ``seen(layer, inputs, output, training, rows)`` for every use of a layer. ``inputs`` are ``[N, S, in]``; ``rows`` brings
+        Called as ``seen(layer, inputs, output, training, view)`` for every use of a layer. ``inputs`` are ``[N, S, in]``; ``view`` brings
         an array of the shape of ``output`` (its gradient) to ``[N, S, out]``.
     """
 
@@ -138,8 +140,8 @@ class _Rows(NamedTuple):
     start: int
     stop: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _positions(x[..., self.start : self.stop], self.examples)
+    def __call__(self, inputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs, _positions(y[..., self.start : self.stop], self.examples)
 
 
 def _positions(x: Tensor, examples: int) -> Tensor:

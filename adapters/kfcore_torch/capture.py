@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kfcore_torch.attention import Projection, Watch
+from kfcore_torch.views import Reader, View
 
 Sink = Callable[[str, Tensor, Tensor | None, tuple[int, ...]], None]
-Rows = Callable[[Tensor], Tensor]
+Refuse = Callable[[str, str], None]
 
 
 class Use(NamedTuple):
@@ -27,12 +28,8 @@ class Use(NamedTuple):
     inputs: Tensor
     edge: Any
     """Of the output in the graph."""
-    rows: Rows | None
-    """Takes the layer's part of an array of the shape of the output; ``None`` for all of it."""
-
-    def part(self, x: Tensor) -> Tensor:
-        """The layer's part of the gradient of the output."""
-        return x if self.rows is None else self.rows(x)
+    view: View | str | None
+    """See :mod:`kfcore_torch.views`; ``None`` where the layer takes what the module does, a text where this is no use of it."""
 
 
 class Capture:
@@ -43,11 +40,13 @@ class Capture:
     Parameters
     ----------
     calls
-        Layers with the modules whose calls are their uses.
+        Layers with the modules whose calls are their uses, and how these are read (see :mod:`kfcore_torch.views`).
     attentions
         Attention modules with the layers inside of them.
     sink
         Called as ``sink(layer, inputs, output_grads, shape of the output)`` for every use of a layer.
+    refuse
+        Called as ``refuse(layer, reason)`` for every call that is no use of the layer although its module is the layer's.
     output_grads
         Whether output gradients are wanted; if not, the sink is called in the forward pass of training mode and no backward hook exists.
     deferred
@@ -56,32 +55,34 @@ class Capture:
 
     def __init__(
         self,
-        calls: Sequence[tuple[str, nn.Module]],
+        calls: Sequence[tuple[str, nn.Module, Reader | None]],
         attentions: Sequence[tuple[nn.Module, Sequence[Projection]]],
         sink: Sink,
+        refuse: Refuse,
         *,
         output_grads: bool,
         deferred: bool,
     ) -> None:
         self.wanted = True
         self.counting = False
-        self._sink = sink
+        self._sink, self._refuse = sink, refuse
         self._output_grads = output_grads
         self._deferred = deferred
         self._uses: list[Use] = []
         me: weakref.ref[Any] = weakref.ref(self)
         self._handles = [
-            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer)), with_kwargs=True) for layer, module in calls
+            module.register_forward_hook(cast("Any", _Hook(me, weakref.ref(module), layer, reader)), with_kwargs=True)
+            for layer, module, reader in calls
         ]
 
         def wanted() -> bool:
             capture = me()
             return capture is not None and capture._looking()
 
-        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, rows: Rows) -> None:
+        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, view: View) -> None:
             capture = me()
             if capture is not None:
-                capture.use(layer, inputs, output, training, rows)
+                capture.use(layer, inputs, output, training, view)
 
         for module, projections in attentions:
             self._handles += Watch(module, projections, wanted, seen).attach()
@@ -89,32 +90,45 @@ class Capture:
     def _looking(self) -> bool:
         return (self.wanted or self.counting) and torch.is_grad_enabled()
 
-    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool, rows: Rows | None = None) -> None:
-        """A layer was called; ``rows`` takes its part of ``output`` where that has parts of several layers."""
+    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool, view: View | str | None = None) -> None:
+        """A layer was called; ``view`` gives what it takes, where that is not what its module was called with and gave."""
         if not self._looking() or not output.requires_grad:
             return
         inputs = inputs.detach()
         if not self._output_grads:
             if training:
-                self._sink(layer, inputs, None, output.shape if rows is None else rows(output.detach()).shape)
+                self._give(layer, inputs, output.detach(), view)
         elif self._deferred:
-            self._uses.append(Use(layer, inputs, torch.autograd.graph.get_gradient_edge(output), rows))
+            self._uses.append(Use(layer, inputs, torch.autograd.graph.get_gradient_edge(output), view))
         else:
             me = weakref.ref(self)
 
             def fire(grad: Tensor) -> None:
                 capture = me()
                 if capture is not None and (capture.wanted or capture.counting):
-                    capture._fire(layer, inputs, grad if rows is None else rows(grad))
+                    capture._fire(layer, inputs, grad, view)
 
             output.register_hook(fire)
 
-    def _fire(self, layer: str, inputs: Tensor, grad: Tensor) -> None:
+    def _fire(self, layer: str, inputs: Tensor, grad: Tensor, view: View | str | None) -> None:
         if torch.is_grad_enabled():  # a backward pass that is to be differentiated
             with torch.no_grad():
-                self._sink(layer, inputs, grad.detach(), grad.shape)
+                self._give(layer, inputs, grad.detach(), view)
         else:
-            self._sink(layer, inputs, grad, grad.shape)
+            self._give(layer, inputs, grad, view)
+
+    def deliver(self, use: Use, grad: Tensor) -> None:
+        """The output gradient of a deferred use."""
+        self._give(use.layer, use.inputs, grad, use.view)
+
+    def _give(self, layer: str, inputs: Tensor, y: Tensor, view: View | str | None) -> None:
+        """Hand a use to the sink; ``y`` is the output gradient, or the output where no gradients are wanted."""
+        if isinstance(view, str):
+            self._refuse(layer, view)
+            return
+        if view is not None:
+            inputs, y = view(inputs, y)
+        self._sink(layer, inputs, y if self._output_grads else None, y.shape)
 
     def take(self) -> list[Use]:
         """The deferred uses since the last call."""
@@ -133,8 +147,8 @@ class Capture:
 class _Hook:
     """Forward hook that serves one module of one capture; a copied or unpickled module carries an inert one."""
 
-    def __init__(self, capture: weakref.ref[Any], module: weakref.ref[nn.Module], layer: str) -> None:
-        self.capture, self.module, self.layer = capture, module, layer
+    def __init__(self, capture: weakref.ref[Any], module: weakref.ref[nn.Module], layer: str, reader: Reader | None) -> None:
+        self.capture, self.module, self.layer, self.reader = capture, module, layer, reader
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         # a compiler leaves the hook out of its program; otherwise its switch costs more than the hook
@@ -143,7 +157,8 @@ class _Hook:
     def _use(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         capture = self.capture()
         if capture is not None and self.module() is module:
-            capture.use(self.layer, args[0] if args else kwargs["input"], output, module.training)
+            inputs = args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"]  # which is that of nn.RMSNorm
+            capture.use(self.layer, inputs, output, module.training, self.reader and self.reader(module))
 
     _outside: Any = torch.compiler.disable(_use)
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import kfcore
-from kfcore import Loss, Method, ModelOptimizer, Needs, OptimizerState, StepSize
+from kfcore import Loss, Method, ModelOptimizer, Needs, Norm, OptimizerState, StepSize
 from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, renamed, to_arrays, write
 from kfcore.optimizer import merge
 from kfcore_torch.capture import Capture
+from kfcore_torch.examples import Examples
 from kfcore_torch.fisher import pull_back
 from kfcore_torch.layout import Layout, layout
-from kfcore_torch.sites import Sharing, as_used
+from kfcore_torch.sites import NormBlock, Sharing, as_used, coupled
 
 
 class Engine:
@@ -36,6 +37,7 @@ class Engine:
         loss_reduction: Literal["mean", "sum"],
         bias: Literal["joint", "separate"],
         sharing: Sharing | Mapping[str, Sharing],
+        norm: NormBlock,
         fallback: Method | None,
         grad_scaler: Any,
         all_reduce: Callable[[Tensor], Any] | None,
@@ -51,7 +53,7 @@ class Engine:
             raise ValueError(f"`loss` must be given for fisher={method.fisher!r}, such as kfcore.CrossEntropy(), got None")
         self.module, self.method, self.step_size, self.loss = module, method, step, loss
         self.grad_scaler, self.all_reduce, self.strict = grad_scaler, all_reduce, strict
-        self._how: dict[str, Any] = {"bias": bias, "sharing": sharing}
+        self._how: dict[str, Any] = {"bias": bias, "sharing": sharing, "norm": norm}
         group = any(p.device.type != "cpu" for p in trained) if group is None else group
         self._options: dict[str, Any] = {
             "loss_reduction": loss_reduction,
@@ -59,7 +61,8 @@ class Engine:
             "group": group,
             "spread": spread,
         }
-        self._excluded: dict[str, str] = {}
+        # decided once: a plan made anew during training may find another mode
+        self._excluded: dict[str, str] = coupled(module)
         self._warned: set[str] = set()
         self.capture: Capture | None = None
         self.plan(trained)
@@ -74,6 +77,7 @@ class Engine:
             lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
             raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
         self.layout, self.core = found, core
+        self._examples = Examples.of(found.model.layers)
         self.state: OptimizerState = core.init({n: p.detach() for n, p in found.values().items()})
         if old is not None:
             self._adopt(*old)
@@ -86,6 +90,7 @@ class Engine:
             found.calls(),
             found.attentions(),
             self._sink,
+            self._refuse,
             output_grads=Needs.OUTPUT_GRADS in needs,
             deferred=self.method.fisher in ("mc", "exact"),
         )
@@ -109,6 +114,9 @@ class Engine:
         self._terms: float | Tensor = 0.0
         self._output_layer: str | None = None
         self._called: dict[str, int] = {}
+        self._refused: dict[str, str] = {}
+        if self._examples is not None:
+            self._examples.clear()
         assert self.capture is not None
         self.capture.take()
 
@@ -123,6 +131,8 @@ class Engine:
     def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
         if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
+            if self._examples is not None:
+                self._examples.note(name, inputs.shape)
             merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), use=layer))
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
@@ -133,6 +143,9 @@ class Engine:
             # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
             self._called[name] = self._called.get(name, 0) + _rows(layer, outputs)
             self._terms = float(self._called[name])
+
+    def _refuse(self, name: str, why: str) -> None:
+        self._refused[name] = why
 
     def backward_fisher(self, outputs: Tensor, targets: Tensor | None, generator: torch.Generator | None) -> None:
         """See :meth:`kfcore_torch.Optimizer.backward_fisher`."""
@@ -148,7 +161,7 @@ class Engine:
             raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
         self.capture.wanted = False  # a checkpointed region runs its forward pass again in here
         try:
-            pull_back(self.method, self.loss, outputs, targets, generator, uses, self._sink)
+            pull_back(self.method, self.loss, outputs, targets, generator, uses, self.capture.deliver)
         finally:
             self.capture.wanted = True
 
@@ -203,28 +216,37 @@ class Engine:
         return 1.0
 
     def _check_captured(self, grads: Mapping[str, Tensor]) -> None:
-        """Move layers whose weight has a gradient although nobody saw them called to the fallback, or say so."""
-        silent = {}
+        """Move layers whose weight has a gradient to the fallback if nobody saw them called, or not by example; or say so.
+
+        Once there are statistics of a layer that is not seen any more, they stay; those not by example move whenever they are found.
+        """
+        silent: dict[str, str] = {}
+        refused = self._refused if self._examples is None else self._examples.strays() | self._refused
+        for name in refused:
+            for block in self.layout.model.blocks(name).values():
+                self._statistics.pop(block, None)
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
             blocks = self.layout.model.blocks(name).values()
             if self.layout.model.roles(name)["weight"] in grads and self._statistics.keys().isdisjoint(blocks):
-                silent[name] = f"its weight is used, but {unseen}"
+                silent[name] = refused.get(name, f"its weight is used, but {unseen}")
         if not silent:
             return
-        if len(silent) == len(self.layout.model.layers) and self.method.fisher in ("mc", "exact"):
+        if not refused and len(silent) == len(self.layout.model.layers) and self.method.fisher in ("mc", "exact"):
             raise RuntimeError(
                 f"fisher={self.method.fisher!r} has no statistics in this step: call `optimizer.backward_fisher(outputs, targets)` "
                 "after the forward pass and before `loss.backward()`"
             )
         if self.strict:
             raise RuntimeError(f"`strict` is set, but {'; '.join(f'{n}: {why}' for n, why in silent.items())}")
-        new = {name: why for name, why in silent.items() if name not in self._warned}
+        first = int(self.state.curvature.observed) == 0
+        new = {name: why for name, why in silent.items() if name not in self._warned or name in refused}
         self._warned |= set(new)
         for name, why in new.items():
             warnings.warn(f"layer {name!r} has no statistics in this step: {why}", stacklevel=5)
-        if new and int(self.state.curvature.observed) == 0:
-            self._excluded |= new
+        moving = {name: why for name, why in new.items() if first or name in refused}
+        if moving:
+            self._excluded |= moving
             statistics, terms = self._statistics, self._terms
             self.plan(list(self.layout.parameters.values()))
             self._statistics, self._terms = statistics, terms
@@ -274,14 +296,19 @@ class Engine:
 
     def _checked(self, arrays: Mapping[str, Any], header: Any) -> tuple[OptimizerState, dict[str, str]]:
         try:
-            excluded = dict(header.get("excluded", {}))  # a file of another framework has none
-        except (ValueError, TypeError, AttributeError) as error:
+            excluded = dict(header["excluded"] if "excluded" in header else self._excluded_by(header["blocks"]))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"the checkpoint has a damaged kfcore header: {error}") from error
         core, like = self.core, self.state
         if set(excluded) != set(self._excluded):
             found, core = self._laid_out(list(self.layout.parameters.values()), excluded)
             like = core.init({n: p.detach() for n, p in found.values().items()})
         return from_arrays(core, like, arrays, header), excluded
+
+    def _excluded_by(self, blocks: Mapping[str, Any]) -> dict[str, str]:
+        """Layers excluded here of which a file of another framework, which says nothing of that, has no block either."""
+        covered = {name for name, block in blocks.items() if block["method"] == self.method.name}
+        return {name: why for name, why in self._excluded.items() if covered.isdisjoint((name, f"{name}.weight"))}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file that every framework reads."""
@@ -316,4 +343,4 @@ class Engine:
 
 def _rows(layer: Any, outputs: tuple[int, ...]) -> int:
     """Outputs of a layer, of all examples and at all positions."""
-    return math.prod(outputs) // (layer.shape[0] * math.prod(layer.stack))
+    return math.prod(outputs) // (layer.size if isinstance(layer, Norm) else layer.shape[0] * math.prod(layer.stack))

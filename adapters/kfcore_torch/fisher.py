@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kfcore import Loss, Method, fisher_vectors
-from kfcore_torch.capture import Sink, Use
+from kfcore_torch.capture import Use
 
 
 def pull_back(
@@ -18,9 +19,9 @@ def pull_back(
     targets: Tensor | None,
     generator: torch.Generator | None,
     uses: list[Use],
-    sink: Sink,
+    deliver: Callable[[Use, Tensor], None],
 ) -> None:
-    """Call ``sink`` with the gradients at every use of a layer, once a vector. No ``.grad`` is touched and the graph is kept."""
+    """Call ``deliver`` with the gradient at every use of a layer, once a vector. No ``.grad`` is touched and the graph is kept."""
     edges = [use.edge for use in uses]
     detached = outputs.detach()
 
@@ -35,5 +36,4 @@ def pull_back(
         with torch.no_grad():
             for use, grad in zip(uses, grads, strict=True):
                 if grad is not None:
-                    grad = use.part(grad)
-                    sink(use.layer, use.inputs, grad, grad.shape)
+                    deliver(use, grad)

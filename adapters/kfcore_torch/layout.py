@@ -10,9 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfcore import Model
+from kfcore import Model, Norm
 from kfcore_torch.attention import Projection
-from kfcore_torch.sites import Part, Sharing, Site, inner_modules, sites_of
+from kfcore_torch.sites import NormBlock, Part, Sharing, Site, inner_modules, sites_of, why_without
+from kfcore_torch.views import Reader
 
 
 @dataclass
@@ -58,9 +59,10 @@ class Layout:
             return grads
         return {name: part.of(grads[part.parameter]) for name, part in self.parts.items() if part.parameter in grads}
 
-    def calls(self) -> list[tuple[str, nn.Module]]:
-        """Layers with the modules whose calls are their uses."""
-        return [(name, site.module) for name, sites in self.sites.items() for site in sites if not site.part]
+    def calls(self) -> list[tuple[str, nn.Module, Reader | None]]:
+        """Layers with the modules whose calls are their uses, and how these are read."""
+        layers = self.model.layers
+        return [(name, s.module, s.reader(layers[name])) for name, sites in self.sites.items() for s in sites if not s.part]
 
     def attentions(self) -> list[tuple[nn.Module, list[Projection]]]:
         """Attention modules with the layers inside of them."""
@@ -79,6 +81,7 @@ def layout(
     *,
     bias: Literal["joint", "separate"] = "joint",
     sharing: Sharing | Mapping[str, Sharing] = "expand",
+    norm: NormBlock = "diagonal",
     excluded: Mapping[str, str] | None = None,
 ) -> Layout:
     """Find the layers of ``module``.
@@ -89,16 +92,19 @@ def layout(
         The model.
     trained
         The parameters that the optimizer holds.
-    bias, sharing
-        How every layer is set up; ``sharing`` may be given by layer name.
+    bias, sharing, norm
+        How every layer is set up; ``sharing`` may be given by layer name, and does not concern tables if it is not.
     excluded
         Layers not to cover, with the reason.
 
     Raises
     ------
     ValueError
-        If ``trained`` has a tensor that is no parameter of ``module``, or ``module`` a parameter that has no shape yet.
+        If ``trained`` has a tensor that is no parameter of ``module``, or ``module`` a parameter that has no shape yet, or ``norm`` is no
+        kind of block.
     """
+    if norm not in ("diagonal", "full"):
+        raise ValueError(f"`norm` must be 'diagonal' or 'full', got {norm!r}")
     parameters = _trained(module, trained)
     holders = _holders(module)
     tied: dict[Part, list[Site]] = {}
@@ -112,11 +118,10 @@ def layout(
     split: set[str] = set()
     for weight, users in tied.items():
         first = users[0]
-        kind = type(first.module).__name__
-        biases = dict.fromkeys(site.bias for site in users if site.bias is not None and site.bias.parameter in parameters)
+        biases = {s.bias: type(s.module).__name__ for s in users if s.bias is not None and s.bias.parameter in parameters}
         names |= {weight: _name(weight, first, "weight")} | {each: _name(each, first, "bias") for each in biases}
         if weight.parameter not in parameters:
-            reasons |= dict.fromkeys(biases, f"bias of a {kind} whose weight is not a trained parameter")
+            reasons |= {each: f"bias of a {kind} whose weight is not a trained parameter" for each, kind in biases.items()}
             continue
         own = _own_bias(users, holders)
         obstacle = _obstacle(users, holders[weight.parameter])
@@ -125,19 +130,21 @@ def layout(
         reason = obstacle or (excluded or {}).get(first.name)
         if reason:
             reasons[weight] = reason
-            reasons |= dict.fromkeys(biases, f"bias of a {kind} without a layer: {reason}")
+            reasons |= {each: f"bias of a {kind} without a layer: {reason}" for each, kind in biases.items()}
             continue
         parts = {"weight": weight} | ({"bias": own} if own in biases else {})
         if own not in biases:
             reasons |= dict.fromkeys(biases, "bias of a layer that shares its weight with another bias, or itself shared")
-        how = sharing if isinstance(sharing, str) else sharing.get(first.name, "expand")
-        layers[first.name] = layer = first.layer(bias if "bias" in parts else None, how)
+        layers[first.name] = layer = first.layer(bias if "bias" in parts else None, _sharing(sharing, first), norm)
         roles[first.name] = {role: names[part] for role, part in parts.items()}
         sites[first.name] = users
         where = "" if weight.rows is None else f" in rows {weight.rows[0]}:{weight.rows[1]} of {weight.parameter}"
         frozen = "; its bias is not trained" if own is not None and own not in biases else ""
-        if where or frozen:
-            reasons[weight] = type(layer).__name__ + where + frozen
+        block = f" ({layer.block})" if isinstance(layer, Norm) else ""
+        if where or frozen or block:
+            reasons[weight] = type(layer).__name__ + block + where + frozen
+        if block and "bias" in parts:
+            reasons[parts["bias"]] = type(layer).__name__ + block
     covered = {name for of_layer in roles.values() for name in of_layer.values()}
     # what is excluded in the middle of a step, for it was not seen to be used, keeps its names
     parts = {name: Part(name) for name in parameters if name not in split}
@@ -175,11 +182,20 @@ def _own_bias(users: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]])
     return bias
 
 
+def _sharing(sharing: Sharing | Mapping[str, Sharing], site: Site) -> Sharing:
+    """What is asked of a site by name, or of all; tables have no choice."""
+    if isinstance(sharing, str):
+        return "expand" if isinstance(site.module, nn.Embedding) else sharing
+    return sharing.get(site.name, "expand")
+
+
 def _unsupported(module: nn.Module, parameter: nn.Parameter) -> str:
     """Why a parameter that is no weight of a site has no layer."""
     for owner, child in module.named_modules():
         for role, p in child.named_parameters(recurse=False):
             if p is parameter:
+                if why := why_without(child):
+                    return f"{type(child).__name__} {why}"
                 return f"{type(child).__name__} {owner}.{role} is not a supported layer" if owner else "a bare parameter"
     return "a bare parameter"
 

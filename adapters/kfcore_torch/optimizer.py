@@ -15,7 +15,7 @@ from kfcore.damping import check_positive
 from kfcore.optimizer import added
 from kfcore_torch.engine import Engine
 from kfcore_torch.shell import Shell
-from kfcore_torch.sites import Sharing
+from kfcore_torch.sites import NormBlock, Sharing
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -29,7 +29,8 @@ class Optimizer(Shell, torch.optim.Optimizer):
     Parameters
     ----------
     model
-        The module, whose ``nn.Linear`` layers are hooked. Create the optimizer before compiling the model.
+        The module, whose layers are hooked: it takes examples on the first axis. Create the optimizer before compiling the model, and
+        with normalisations that are to keep fixed statistics in evaluation mode.
     method
         Such as :class:`kfcore.KFAC`.
     params
@@ -50,7 +51,10 @@ class Optimizer(Shell, torch.optim.Optimizer):
         See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by layer name. ``"expand"`` is for networks whose loss keeps the
         positions of a layer (language models, segmentation), ``"reduce"`` for those that average them before it (convolutional and
         attention classifiers): it is closer to the curvature there, and cheaper. Layers behind the average have one position, and both
-        are the same. The layers of an attention module are its ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
+        are the same. The layers of an attention module are its ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``. Tables
+        (``nn.Embedding``) know no ``"reduce"`` and are not meant by one for all layers.
+    norm
+        Blocks of normalisations, see ``block`` of :class:`kfcore.Norm`: ``"diagonal"``, or ``"full"`` for scale and shift in one matrix.
     fallback
         Method for parameters of no layer, a :class:`kfcore.Diagonal` if not given.
     grad_scaler
@@ -80,6 +84,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         loss_reduction: Literal["mean", "sum"] = "mean",
         bias: Literal["joint", "separate"] = "joint",
         sharing: Sharing | Mapping[str, Sharing] = "expand",
+        norm: NormBlock = "diagonal",
         fallback: Method | None = None,
         grad_scaler: Any = None,
         all_reduce: Callable[[Tensor], Any] | None = None,
@@ -111,6 +116,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
             loss_reduction=loss_reduction,
             bias=bias,
             sharing=sharing,
+            norm=norm,
             fallback=fallback,
             grad_scaler=grad_scaler,
             all_reduce=all_reduce,

@@ -12,7 +12,7 @@ from kfcore import Loss, Method, StepSize
 from kfcore.stepsize import clip_scale, guarded
 from kfcore_torch.engine import Engine
 from kfcore_torch.shell import Shell
-from kfcore_torch.sites import Sharing
+from kfcore_torch.sites import NormBlock, Sharing
 
 
 class Preconditioner(Shell):
@@ -23,7 +23,7 @@ class Preconditioner(Shell):
 
     Parameters
     ----------
-    model, method, loss, loss_reduction, bias, sharing, fallback, grad_scaler, all_reduce, group, spread, strict
+    model, method, loss, loss_reduction, bias, sharing, norm, fallback, grad_scaler, all_reduce, group, spread, strict
         See :class:`kfcore_torch.Optimizer`.
     graft
         Give each block's direction the norm of its gradient, so that the other optimizer's learning rate keeps its meaning.
@@ -42,6 +42,7 @@ class Preconditioner(Shell):
         loss_reduction: Literal["mean", "sum"] = "mean",
         bias: Literal["joint", "separate"] = "joint",
         sharing: Sharing | Mapping[str, Sharing] = "expand",
+        norm: NormBlock = "diagonal",
         fallback: Method | None = None,
         grad_scaler: Any = None,
         all_reduce: Callable[[Tensor], Any] | None = None,
@@ -59,6 +60,7 @@ class Preconditioner(Shell):
             loss_reduction=loss_reduction,
             bias=bias,
             sharing=sharing,
+            norm=norm,
             fallback=fallback,
             grad_scaler=grad_scaler,
             all_reduce=all_reduce,

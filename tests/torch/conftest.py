@@ -86,11 +86,13 @@ def rebuilt(model, backward, **options):
     def record(state, name, inputs, output_grads, use=None):
         found = reduce(state, name, inputs, output_grads, use=use)
         for suffix, layer in (use or core.model.layers[name]).blocks().items():
-            a = layer.input_rows(xp, inputs, inputs.dtype)
-            g, size = (layer.output_rows(xp, x, inputs.dtype) for x in (output_grads, output_grads.abs()))
+            a = layer.input_rows(xp, inputs, output_grads.dtype)
+            g = layer.output_rows(xp, output_grads, output_grads.dtype, inputs)
+            size = layer.output_rows(xp, output_grads.abs(), output_grads.dtype, inputs.abs())
             sums[name + suffix] = sums.get(name + suffix, 0) + g.mT @ a
             sizes[name + suffix] = sizes.get(name + suffix, 0) + size.mT @ a.abs()
-            moments[name + suffix] = moments.get(name + suffix, 0) + a.mT @ a
+            moment = a.mT @ a
+            moments[name + suffix] = moments.get(name + suffix, 0) + (moment.diagonal() if layer.forms[1] == "diagonal" else moment)
         return found
 
     core.reduce = record
@@ -128,7 +130,7 @@ def blocks_of_ggn(model, outputs, terms):
             rows.setdefault(name, []).append(matrix)
     found = {}
     for name, of_name in rows.items():
-        j = torch.stack(of_name).flatten(1)
+        j = torch.stack(of_name).reshape(f.numel(), -1)
         found[name] = (2.0 / terms * j.mT @ j).numpy()
     return found
 

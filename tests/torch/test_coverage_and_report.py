@@ -52,12 +52,14 @@ def test_every_parameter_has_one_row_and_a_reason():
     names = [name for name, _ in model.named_parameters() if "in_proj" not in name]
     rows = [f"attention.{which}_proj.{role}" for role in ("weight", "bias") for which in "qkv"]
     assert sorted(row.parameter for row in report) == sorted(names + rows)
-    assert {row.parameter for row in report if row.kind == "kfac"} == {n for n in names + rows if n.startswith(("mix", "attention"))}
+    assert {row.parameter for row in report if row.kind == "kfac"} == {
+        n for n in names + rows if n.startswith(("mix", "attention", "norm"))
+    }
     reasons = {row.parameter: row.reason for row in report}
-    assert "shared with Embedding" in reasons["embed.weight"]
-    assert "shared with Embedding" in reasons["head.bias"]
+    assert reasons["embed.weight"] == "weight shared by modules that do different things with it: Embedding and Linear"
+    assert reasons["head.bias"].startswith("bias of a Linear without a layer: weight shared by")
     assert reasons["attention.k_proj.weight"] == "Linear in rows 4:8 of attention.in_proj_weight"
-    assert "LayerNorm" in reasons["norm.weight"]
+    assert reasons["norm.weight"] == reasons["norm.bias"] == "Norm (diagonal)"
     assert reasons["scale"] == "a bare parameter"
     assert all(reasons[row.parameter] in str(report) for row in report)
     tokens = torch.randint(7, (3, 5))
@@ -68,7 +70,7 @@ def test_every_parameter_has_one_row_and_a_reason():
 
 
 def test_strictness_refuses_a_fallback(lib):
-    with pytest.raises(ValueError, match=r"norm.weight .*LayerNorm"):
+    with pytest.raises(ValueError, match=r"embed.weight .*Embedding and Linear"):
         Optimizer(Mixed(), kf.KFAC(), strict=True)
     Optimizer(lib.mlp(), kf.KFAC(), strict=True)
 
@@ -107,7 +109,7 @@ def test_a_frozen_weight_says_why_its_bias_falls_back(lib):
 
 
 def test_a_model_without_layers_trains_by_the_fallback():
-    model = nn.Sequential(nn.LayerNorm(3, dtype=torch.float64))
+    model = nn.Sequential(nn.PReLU(3, dtype=torch.float64))
     optimizer = Optimizer(model, kf.KFAC(damping=0.1), lr=0.1)
     before = model[0].weight.detach().clone()
     model(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()

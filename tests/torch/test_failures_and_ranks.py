@@ -71,3 +71,29 @@ def test_two_ranks_with_halves_have_the_factors_of_the_whole(lib, fisher, reduct
     for name, block in lib.dense(expected).items():
         assert lib.gap(lib.dense(optimizer)[name], block) < 1e-12
     assert lib.gap(lib.weights(model), lib.weights(whole)) < 1e-12
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "forward"])
+def test_two_ranks_with_unequal_padding_have_the_factors_of_the_whole(lib, fisher):
+    ids = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 1, 1], [2, 2, 3, 4]])
+
+    def step(part, all_reduce=None):
+        torch.manual_seed(0)
+        double = {"dtype": torch.float64}
+        layers = [torch.nn.Embedding(6, 3, padding_idx=0, **double), torch.nn.LayerNorm(3, **double), torch.nn.Linear(3, 2, **double)]
+        model = torch.nn.Sequential(*layers)
+        method = kf.KFAC(damping=0.1, fisher=fisher)
+        optimizer = Optimizer(model, method, lr=0.05, loss=kf.MSE(), all_reduce=all_reduce, norm="full")
+        f = model(part)
+        if fisher == "exact":
+            optimizer.backward_fisher(f)
+        f.square().mean().backward()
+        optimizer.step()
+        return lib.dense(optimizer)
+
+    expected, posted = step(ids), []
+    step(ids[:1], lambda t: posted.append(t.clone()))
+    waiting = iter(posted)
+    found = step(ids[1:], lambda t: t.add_(next(waiting)))
+    assert next(waiting, None) is None, "both ranks must reduce the same things"
+    assert {name: lib.gap(found[name], expected[name]) for name in found} == pytest.approx(dict.fromkeys(expected, 0.0), abs=1e-12)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kfcore as kf
+from kfcore.testing import reference
 from kfcore_torch import Optimizer
 
 SIZES = (4, 6, 5, 3)
@@ -190,3 +191,56 @@ def test_fifty_steps_of_a_convolutional_net_agree(lib, sharing, bias):
     theirs = lib.train(net, optimizer, [pictures(step) for step in range(50)])
     assert lib.gap(lib.weights(Convolutional()), theirs) > 1e-2, "nothing moved"
     assert lib.gap(numpy_convolutions(method, {"sharing": sharing, "bias": bias}, 50), theirs) <= 1e-9
+
+
+class Tokens(torch.nn.Module):
+    """A dense layer on normalised rows of a table."""
+
+    def __init__(self, padding):
+        super().__init__()
+        torch.manual_seed(0)
+        double = {"dtype": torch.float64}
+        self.embed, self.norm = torch.nn.Embedding(9, 4, padding_idx=padding, **double), torch.nn.LayerNorm(4, **double)
+        self.head, self.padding = torch.nn.Linear(4, 3, **double), padding
+
+    def forward(self, ids):
+        return self.head(self.norm(self.embed(ids)))
+
+    def loss(self, ids, y):
+        """The mean over the examples of the sum over what is not padding, as in the reference."""
+        live = torch.ones(ids.shape) if self.padding is None else ids != self.padding
+        return 0.5 * ((self(ids) - y).square().sum(dim=2) * live).sum() / len(ids)
+
+
+def sentences(step):
+    generator = torch.Generator().manual_seed(step)
+    y = torch.randn(6, 5, 3, generator=generator, dtype=torch.float64)
+    return torch.randint(9, (6, 5), generator=generator), y
+
+
+@pytest.mark.parametrize("padding", [None, 2], ids=["plain", "padding"])
+@pytest.mark.parametrize("block", ["diagonal", "full"])
+@pytest.mark.parametrize("kind", ["factored", "exact"])
+def test_twenty_five_steps_of_tokens_agree(lib, kind, block, padding, tmp_path):
+    method = kf.KFAC(damping=kf.Damping(0.05, kind), stats_every=2, refresh_every=4)
+    net, start = Tokens(padding), lib.weights(Tokens(padding))
+    optimizer = Optimizer(net, method, lr=0.05, momentum=0.9, norm=block)
+    layers = {"embed": kf.Embedding(9, 4, padding), "norm": kf.Norm(4, block=block), "head": kf.Linear(4, 3)}
+    params = {n: {role: p.detach().numpy().copy() for role, p in getattr(net, n).named_parameters()} for n in layers}
+    by_hand = kf.Optimizer(method, layers, learning_rate=0.05, momentum=0.9)
+    state = by_hand.init(params)
+    for step in range(25):
+        ids, y = sentences(step)
+        optimizer.zero_grad()
+        net.loss(ids, y).backward()
+        optimizer.step(terms=float(len(ids)))
+        grads, records = reference.tokens(params, ids.numpy(), y.numpy(), padding)
+        params, state = by_hand.step(params, grads, records, state)
+    theirs = np.concatenate([params[n][role].ravel() for n in layers for role in layers[n].parameters])
+    assert lib.gap(start, theirs) > 1e-2, "nothing moved"
+    assert lib.gap(lib.weights(net), theirs) <= 1e-10
+    optimizer.save(tmp_path / "state.safetensors")
+    loaded = kf.load(tmp_path / "state.safetensors", by_hand.bind(params), by_hand.init(params))
+    grads, records = reference.tokens(params, *(t.numpy() for t in sentences(25)), padding)
+    ours, theirs = (by_hand.step(params, grads, records, s)[0] for s in (loaded, state))
+    assert all(lib.gap(ours[n][role], theirs[n][role]) <= 1e-10 for n in layers for role in layers[n].parameters)
