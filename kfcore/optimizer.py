@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kfcore import schedule, stepsize
@@ -12,7 +12,7 @@ from kfcore.curvature.base import Method, Needs
 from kfcore.model import Model
 from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report, report
-from kfcore.statistics import GradientRows, KroneckerStatistics, rows_of
+from kfcore.statistics import GradientRows, KroneckerStatistics, Use, rows_of
 from kfcore.stepsize import StepSize, StepState
 
 Reduction = Literal["mean", "sum"]
@@ -115,6 +115,23 @@ class ModelOptimizer:
             block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
             part = block.layer if parts is None else parts[suffix]
             statistics[name] = block.method.reduce(part, old, inputs, output_grads, mask=mask)
+        return statistics
+
+    def reduce_all(self, state: OptimizerState, layer: str, uses: Sequence[Use]) -> dict[str, Any]:
+        """:meth:`reduce` of several uses of ``layer`` by the same examples of one batch, whose gradients add up in each example.
+
+        A method that looks at gradients of single examples must have all uses at once; for the others it is the sum of the uses.
+        """
+        if len(uses) == 1:
+            use = uses[0]
+            return self.reduce(state, layer, use.inputs, use.output_grads, mask=use.mask, use=use.layer)
+        whole: Any = [use.layer for use in uses]
+        parts = [description.blocks() for description in whole]
+        statistics = {}
+        for suffix, name in self.model.blocks(layer).items():
+            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
+            of_block = [use._replace(layer=part[suffix]) for use, part in zip(uses, parts, strict=True)]
+            statistics[name] = block.method.reduce_all(of_block, old)
         return statistics
 
     def update(

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import kfcore as kf
-from kfcore.curvature import kfac
+from kfcore import factors
+from kfcore.curvature import kronecker
 from kfcore_torch import Optimizer
 
 
@@ -13,8 +14,8 @@ from kfcore_torch import Optimizer
 def taken(monkeypatch):
     """Which way each direction of the wide layer went."""
     ways = []
-    for way, name in (("matrix", "sandwich"), ("rows", "thin_product")):
-        plain = getattr(kfac, name)
+    for way, module, name in (("matrix", factors, "sandwich"), ("rows", kronecker, "thin_product")):
+        plain = getattr(module, name)
 
         def counted(xp, left, *rest, plain=plain, way=way):
             result = plain(xp, left, *rest)
@@ -22,7 +23,7 @@ def taken(monkeypatch):
                 ways.append(way)
             return result
 
-        monkeypatch.setattr(kfac, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return ways
 
 
@@ -52,7 +53,7 @@ def run(monkeypatch, *, long=False, clip=None, **options):
     model = net()
     optimizer = Optimizer(model, kf.KFAC(damping=0.1), lr=0.05, loss=kf.MSE())
     if long:
-        monkeypatch.setattr(kfac, "spans", lambda *_: False)
+        monkeypatch.setattr(kronecker, "spans", lambda *_: False)
     between = (lambda: nn.utils.clip_grad_norm_(model.parameters(), clip)) if clip else (lambda: None)
     return train(model, optimizer, between, **options)
 
