@@ -16,6 +16,7 @@ from kfcore.model import Model
 from kfcore.arrays import Optimizer, Recorder
 from kfcore.operators import BlockOperator
 from kfcore.optimizer import ModelOptimizer, OptimizerState
+from kfcore.diagnostics import measures
 from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report
 from kfcore.stepsize import StepSize, StepState
@@ -63,6 +64,7 @@ __all__ = [
     "blocks_of",
     "fisher_vectors",
     "load",
+    "measures",
     "primitives",
     "register_cond",
     "register_kernel",

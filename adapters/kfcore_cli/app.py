@@ -13,6 +13,7 @@ from kfcore_cli.race import registry
 from kfcore_cli.race.command import race as run_race
 from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.options import Options
+from kfcore_cli.spectrum.command import spectrum as show_spectrum
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -60,4 +61,17 @@ def race(
         run_race(options, Console())
     except UsageError as error:
         typer.echo(f"kfcore race: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def spectrum(
+    checkpoint: Annotated[Path, typer.Argument(help="A file written by `save` of any adapter.")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("spectrum.png"),
+) -> None:
+    """Show the spectra of the curvature factors in a checkpoint: how much each layer has seen, and how fast it decays."""
+    try:
+        show_spectrum(checkpoint, out, Console())
+    except UsageError as error:
+        typer.echo(f"kfcore spectrum: {error}", err=True)
         raise typer.Exit(2) from error

@@ -1,0 +1,1 @@
+"""The ``spectrum`` command: what the curvature in a checkpoint looks like."""
