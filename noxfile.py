@@ -78,3 +78,4 @@ def bench(session: nox.Session) -> None:
     session.run("python", "tests/benchmarks/step_cost.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run("python", "tests/benchmarks/jax_step_cost.py", *session.posargs)
     session.run("python", "tests/benchmarks/tuned_training.py", *session.posargs)
+    session.run("python", "tests/benchmarks/conv_memory.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})

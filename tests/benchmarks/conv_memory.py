@@ -1,7 +1,8 @@
 """Input factor of a convolution: peak extra memory and time, streamed against the patch matrix held whole, in NumPy and in PyTorch.
 
 Memory is what is live at the peak beyond the captured array, the result included, as a multiple of that array's bytes: NumPy's by
-``tracemalloc``, PyTorch's by counting the storages that every operation allocates and frees. Each form runs in turns in one process.
+``tracemalloc``, PyTorch's by counting the storages that every operation allocates and frees. Both forms run in turns in one process, on one
+thread; times are CPU times, so that other processes do not enter.
 
     python tests/benchmarks/conv_memory.py [--quick] [--out FILE.json]
 """
@@ -98,7 +99,7 @@ def forms(layer: kf.Conv, xp: Any, x: Any) -> dict[str, Callable[[], Any]]:
 
 
 def row(layer: kf.Conv, shape: tuple[int, ...], library: str, repetitions: int) -> dict[str, float]:
-    """Memory as multiples of the captured array, and median times in milliseconds."""
+    """Memory as multiples of the captured array, and median CPU times in milliseconds."""
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
     xp, put, peak = (np, x, numpy_peak) if library == "numpy" else (torch_xp, torch.from_numpy(x), torch_peak)
     runs = forms(layer, xp, put)
@@ -106,9 +107,9 @@ def row(layer: kf.Conv, shape: tuple[int, ...], library: str, repetitions: int) 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((time.process_time() - start) * 1e3)
     found |= {f"{name}_ms": statistics.median(own) for name, own in times.items()}
     one, two = (np.asarray(run()) for run in runs.values())
     return found | {"difference": float(np.abs(one - two).max() / np.abs(two).max())}
