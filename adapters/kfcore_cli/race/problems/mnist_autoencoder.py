@@ -24,6 +24,7 @@ class MNISTAutoencoder:
     settings: Mapping[str, Settings] = {
         "sgd": {"lr": 3.0, "momentum": 0.9},
         "adam": {"lr": 4e-3},
+        "ekfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 1e-5, "stats_every": 2, "refresh_every": 20},
         "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 1e-3, "stats_every": 2, "refresh_every": 20},
     }
 
