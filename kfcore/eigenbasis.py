@@ -28,7 +28,7 @@ class Eigh:
 class Tracked:
     """Follow the basis from refresh to refresh, at a fraction of the cost of a decomposition.
 
-    A refresh first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass off the diagonal of ``Q^T A Q``, by products
+    The first refresh decomposes the factor. A later one first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass off the diagonal of ``Q^T A Q``, by products
     with a few fixed vectors (``O(n^2)``). It leaves the basis if the drift is below ``tolerance``, decomposes the factor anew if it is
     above ``jump``, and improves the basis in between: the ``block`` basis vectors that drifted most are diagonalised against each other and
     turned against all others by the angles of Jacobi's method, all at once, as one product of reflections. That takes ``10 n^2 block``
@@ -120,10 +120,18 @@ def decompose_all(
 
 
 def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> Decomposed:
-    """A refresh of the ``basis`` of one factor ``x``, or of all in a stack as the one in it that drifted most needs it."""
+    """A refresh of the ``basis`` of one factor ``x``, or of all in a stack as the one in it that drifted most needs it.
+
+    ``turn [...]`` is the number of refreshes before.
+    """
+    # in units of the trace, so that no square leaves the range of the dtype
+    unit = linalg.trace(xp, x)
+    unit = xp.where(unit > 0, unit, xp.ones_like(unit))
+    x = x / unit[..., None, None]
     w = probes(xp, x, turn)
     values, drift, skewed = look(xp, x, basis, w)
-    far = _any(xp, (_relative(xp, x, drift) > how.jump) | skewed | ~xp.isfinite(xp.sum(drift, axis=-1)))
+    lost = skewed | ~xp.isfinite(xp.sum(drift, axis=-1))
+    far = _any(xp, (turn == 0) | lost | (_relative(xp, x, drift) > how.jump))
     some = xp.zeros(x.shape[:-2], dtype=xp.int32, device=device(x))
 
     def decomposed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array]:
@@ -146,7 +154,7 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> 
         return unchanged
 
     values, basis, ok, way = cond(far, decomposed, followed, basis, values, drift)
-    return Decomposed(values, basis, ok, _way(xp, ok, way))
+    return Decomposed(values * unit[..., None], basis, ok, _way(xp, ok, way))
 
 
 def probes(xp: Namespace, like: Array, turn: Array) -> Array:

@@ -42,17 +42,13 @@ def scales(xp: Namespace, uses: Sequence[Use], left: Array | None, right: Array 
     product. With up to :data:`PAIRS` of them, ``sum_st (g_s g_t)^T (a_s a_t)`` makes one of the products of all pairs. With more, the
     gradients of a few examples at a time are formed, of rotated rows or rotated afterwards, whichever takes fewer operations.
     """
-    if len({use[2].shape[-3] for use in uses}) > 1:
-        counts = ", ".join(str(use[2].shape[-3]) for use in uses)
-        raise ValueError(f"`uses` of one layer in one batch must have the same examples, got {counts}")
-    first = uses[0][0]
-    if first.input_kind == "ids":
-        return _of_tables(xp, uses, left, dtype)
-    lead, n = uses[0][2].ndim - 3, uses[0][1].shape[uses[0][2].ndim - 3]
     layers = [layer for layer, _, _ in uses]
+    lead, vectors, n = _examples(uses)
     inputs = [x for _, x, _ in uses]
-    grads = [xp.reshape(g, (*g.shape[:lead], g.shape[lead] // max(1, n), n, *g.shape[lead + 1 :])) for _, _, g in uses]
-    numbers = sum(_positions(use) * (use[0].shape[0] + use[0].shape[1]) for use in uses)
+    grads = [xp.reshape(g, (*g.shape[:lead], vectors, n, *g.shape[lead + 1 :])) for _, _, g in uses]
+    if layers[0].input_kind == "ids":
+        return _of_tables(xp, layers, inputs, grads, left, dtype)
+    numbers = vectors * sum(_positions(layer, g) * sum(layer.shape) for layer, _, g in uses)
 
     def part(*arrays: Array) -> Array:
         rows = [_rows(xp, *use, dtype) for use in zip(layers, arrays[: len(uses)], arrays[len(uses) :], strict=True)]
@@ -139,26 +135,40 @@ def _rows(xp: Namespace, layer: Layer, inputs: Array, output_grads: Array, dtype
     wide: Any = layer if getattr(layer, "sharing", "expand") == "expand" else replace(layer, sharing="expand")  # pyright: ignore
     vectors, n = output_grads.shape[-4:-2]
     a = wide.input_rows(xp, inputs, dtype)
-    s = a.shape[-2] // max(1, n)
+    s = a.shape[-2] // n if n else 1
     a = xp.reshape(a, (*a.shape[:-2], n, s, a.shape[-1]))
     each = [wide.output_rows(xp, output_grads[..., k, :, :, :], dtype, inputs) for k in range(vectors)]
     each = [xp.reshape(g, (*g.shape[:-2], n, s, g.shape[-1])) for g in each]
     return xp.stack(each, axis=-4) if vectors > 1 else each[0][..., None, :, :, :], a
 
 
-def _of_tables(xp: Namespace, uses: Sequence[Use], left: Array | None, dtype: object) -> Array:
-    """The same for tables, whose rows ``a`` are columns of the identity: what the positions of one id in an example sum to, squared."""
-    layer, lead = uses[0][0], uses[0][1].shape[:-2]
-    taken = uses[0][1] if len(uses) == 1 else xp.concat([ids for _, ids, _ in uses], axis=-1)
-    n, s = taken.shape[-2:]
-    split = [(use[0], use[1], xp.reshape(use[2], (*lead, use[2].shape[-3] // max(1, n), n, *use[2].shape[-2:]))) for use in uses]
-    rows = [_of_table(xp, *use, dtype) for use in split]
-    g = rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2)
-    g = g if left is None else g @ left[..., None, None, :, :]
-    same = cast(xp, taken[..., :, None] == taken[..., None, :], dtype)
-    squared = xp.sum(g * (same[..., None, :, :, :] @ g), axis=-4)
-    flat = xp.reshape(squared, (*lead, n * s, g.shape[-1]))
-    return gather_sum(xp, flat, xp.reshape(taken, (*lead, n * s)), layer.shape[1]).mT
+def _of_tables(
+    xp: Namespace, layers: list[Layer], inputs: list[Array], grads: list[Array], left: Array | None, dtype: object
+) -> Array:
+    """The same for tables, whose rows ``a`` are columns of the identity: what the positions of one id in an example sum to, squared.
+
+    ``inputs`` are ids ``[..., N, S]``, ``grads`` are ``[..., K, N, S, out]``.
+    """
+    lead, (features, num) = inputs[0].ndim - 2, layers[0].shape
+    positions, stacked = sum(ids.shape[-1] for ids in inputs), math.prod(inputs[0].shape[:-2])
+
+    def part(*arrays: Array) -> Array:
+        taken, seen = arrays[: len(layers)], arrays[len(layers) :]
+        rows = [_of_table(xp, *use, dtype) for use in zip(layers, taken, seen, strict=True)]
+        g, ids = (rows[0], taken[0]) if len(rows) == 1 else (xp.concat(rows, axis=-2), xp.concat(list(taken), axis=-1))
+        g = g if left is None else g @ left[..., None, None, :, :]
+        same = cast(xp, ids[..., :, None] == ids[..., None, :], dtype)
+        # once an id, where it stands first
+        first = cast(xp, xp.sum(xp.tril(same, k=-1), axis=-1) == 0, dtype)
+        squared = first[..., None] * xp.sum((same[..., None, :, :, :] @ g) ** 2, axis=-4)
+        n, s = ids.shape[-2:]
+        flat = xp.reshape(squared, (*ids.shape[:-2], n * s, features))
+        return gather_sum(xp, flat, xp.reshape(ids, (*ids.shape[:-2], n * s)), num).mT
+
+    # each part adds a whole table, so that there is no use in parts much smaller than one
+    numbers = stacked * positions * (positions + 2 * grads[0].shape[-4] * features)
+    axes = [lead] * len(layers) + [lead + 1] * len(layers)
+    return fold(xp, part, [*inputs, *grads], axes, max(1, max(ROOM, stacked * num * features) // max(1, numbers)))
 
 
 def _of_table(xp: Namespace, layer: Layer, ids: Array, output_grads: Array, dtype: object) -> Array:
@@ -167,10 +177,22 @@ def _of_table(xp: Namespace, layer: Layer, ids: Array, output_grads: Array, dtyp
     return xp.stack([xp.reshape(g, output_grads[..., 0, :, :, :].shape) for g in each], axis=-4)
 
 
-def _positions(use: Use) -> int:
-    """Positions of an example, with each of its Fisher vectors."""
-    _, inputs, grads = use
-    return grads.shape[-2] * max(1, grads.shape[-3] // max(1, inputs.shape[grads.ndim - 3])) * math.prod(grads.shape[:-3])
+def _examples(uses: Sequence[Use]) -> tuple[int, int, int]:
+    """Leading axes, Fisher vectors of each example, and examples, which all ``uses`` have in common."""
+    lead = uses[0][2].ndim - 3
+    seen = {(inputs.shape[lead], grads.shape[lead]) for _, inputs, grads in uses}
+    n, rows = seen.pop()
+    if seen:
+        counts = ", ".join(f"{inputs.shape[lead]} and {grads.shape[lead]}" for _, inputs, grads in uses)
+        raise ValueError(f"`uses` of one layer in one batch must have the same examples in `inputs` and `output_grads`, got {counts}")
+    if rows % max(1, n):
+        raise ValueError(f"`output_grads` must have as many examples as `inputs`, {n}, or a multiple (of Fisher vectors), got {rows}")
+    return lead, (rows // n if n else 1), n
+
+
+def _positions(layer: Layer, output_grads: Array) -> int:
+    """Rows of an example with one Fisher vector, in all stacked layers."""
+    return output_grads.shape[-2] * max(math.prod(output_grads.shape[:-3]), math.prod(layer.stack))
 
 
 def _numpy_gather_sum(xp: Namespace, rows: Array, ids: Array, num: int) -> Array:

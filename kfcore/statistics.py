@@ -103,6 +103,8 @@ def output_moment(
 ) -> tuple[Moment | DiagonalMoment, Number]:
     """Second moment of the output rows of ``layer``, in the form of its factor, and the number of examples.
 
+    ``output_grads`` may have several Fisher vectors of each example behind each other, ``[..., K N, S, out]``.
+
     Raises
     ------
     ValueError
@@ -112,6 +114,10 @@ def output_moment(
         raise ValueError(
             f"`inputs` must be given with `output_grads` in one call: {type(layer).__name__} makes its output factor of both, got None"
         )
+    if layer.together and inputs is not None:
+        axis = output_grads.ndim - 3
+        vectors = output_grads.shape[axis] // max(1, inputs.shape[axis])
+        inputs = xp.concat([inputs] * vectors, axis=axis) if vectors > 1 else inputs
     rows = layer.output_rows(xp, output_grads, dtype, inputs)
     examples = float(output_grads.shape[-3])
     if layer.forms[0] == "diagonal":
@@ -269,13 +275,14 @@ def observe(
     counts: tuple[Number, ...],
     decay: float | Array,
     size: Callable[[Array], Array] | None = None,
+    valid: bool | Array = True,
 ) -> tuple[RunningAverage, bool | Array]:
     """``average`` with the means ``totals / counts`` observed, and whether they were: ``[...]`` of booleans, or a bool
     where the host knows.
 
     All totals are observed or none: a count of zero, a NaN or an infinity in one leaves the average as it was. Moments are positive
     semi-definite, and a finite trace bounds all their entries, so that it is looked at instead of n^2 numbers; for arrays of another
-    kind give ``size``, a sum of all entries.
+    kind give ``size``, a sum of all entries. Where not ``valid [...]`` nothing is observed either.
     """
     measure: Callable[[Any], Array] = (lambda total: total.trace(xp)) if size is None else size
     parts, positive = [], True
@@ -287,7 +294,8 @@ def observe(
     # where the host can read single numbers (see `number`) all that follows but the blending is its arithmetic
     spread = functools.reduce(operator.add, [number(xp, measure(total)) * shares for _, total, shares in parts])
     ok = finite(xp, spread)
-    ok = truth(xp, ok if positive is True else positive & ok)
+    ok = ok if positive is True else positive & ok
+    ok = truth(xp, ok if valid is True else valid & ok)
     if ok is False:
         return average, ok
     weight = number(xp, average.weight) if ok is True else average.weight

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from kfcore import factors
-from kfcore._array import Array, Namespace, namespace, scalar, truth
+from kfcore._array import Array, Namespace, finite, namespace, number, scalar, truth
 from kfcore.curvature.base import Cost, Needs, count_failure, select
 from kfcore.curvature.kronecker import (
     Eigenbases,
@@ -136,20 +136,20 @@ class EKFAC(Kronecker):
         if grad is not None:
             xp, grad = checked_grad(layer, grad, like.dtype)
             turned = self._turned(xp, layer, state, grad, None)
-            return KroneckerStatistics(None, 0.0, None, 0.0, terms * turned * turned, 1.0)
-        if self.scales != "gradient" and (inputs is None or output_grads is None):
-            raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
+            return KroneckerStatistics(None, 0.0, None, 0.0, scalar(xp, terms, turned) * turned * turned, 1.0)
         return self.reduce_all([(layer, inputs, output_grads)], state)  # pyright: ignore[reportArgumentType]
 
     def reduce_all(self, uses: Sequence[Use], state: EKFACState) -> KroneckerStatistics:
         """:meth:`reduce` of several uses of one weight in one batch, whose gradients of each example add up before they are squared."""
         like = state.average.weight
-        found = super().reduce_all(uses, state)
         if self.scales == "gradient":
-            return found
+            return super().reduce_all(uses, state)
+        if any(x is None for _, *sides in uses for x in sides):
+            raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
+        found = super().reduce_all(uses, state)
         xp = namespace(like)
         measured = scales(xp, uses, state.solver.output_basis, state.solver.input_basis, like.dtype)
-        return found._replace(scales=measured, scale_count=found.output_count / len(uses))
+        return found._replace(scales=measured, scale_count=found.output_count)
 
     def observe(self, state: EKFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> EKFACState:
         """Running averages of both factors and of the scales; those measured before there was a basis are left out."""
@@ -158,16 +158,19 @@ class EKFAC(Kronecker):
             raise ValueError("`statistics` lack the scales: give `reduce` the gradient too, and add the results")
         xp, decay = namespace(state.average.weight), self._decay(decay)
         sums, counts = (statistics.inputs, statistics.outputs), (statistics.input_count, statistics.output_count)
-        average, ok = observe(xp, state.average, sums, counts, decay)
         based = truth(xp, xp.any(state.solver.ways > 0, axis=-1))
-        measured, good = state.scales, True
+        fine, total = True, None
+        if based is not False:
+            total = xp.sum(statistics.scales, axis=(-2, -1))
+            fine = finite(xp, number(xp, total))
+            fine = fine if based is True else fine | ~based
+        average, ok = observe(xp, state.average, sums, counts, decay, valid=fine)
+        measured = state.scales
         if based is not False:
             again = 0.0 if self.scales == "batch" else decay
-            measured, good = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, _sum)
-            if based is not True:
-                measured, good = select(xp, based, measured, state.scales), good | ~based
-        dropped = count_failure(xp, state.dropped, ok if good is True else good & ok)
-        return state._replace(average=average, scales=measured, dropped=dropped)
+            valid = ok if based is True else ok & based
+            measured, _ = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, lambda _: total, valid)
+        return state._replace(average=average, scales=measured, dropped=count_failure(xp, state.dropped, ok))
 
     def refresh(self, layer: Layer, state: EKFACState, damping: float | Array | None = None) -> EKFACState:
         """Find the eigenbases, and bring the scales there; where that fails, keep the old ones and count it."""
@@ -245,7 +248,3 @@ class EKFAC(Kronecker):
             mean = xp.mean(measured, axis=(-2, -1))
             value = scalar(xp, value, mean) * xp.where(mean > 0, mean, xp.ones_like(mean))
         return carried_array(xp, value if isinstance(value, float) else scalar(xp, value, top), top)
-
-
-def _sum(x: Array) -> Array:
-    return namespace(x).sum(x, axis=(-2, -1))

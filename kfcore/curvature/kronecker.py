@@ -57,9 +57,13 @@ class Kronecker(Method):
         return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
 
     def reduce_all(self, uses: Sequence[tuple[Layer, Array | None, Array | None]], state: Any) -> KroneckerStatistics:
-        """The second moments of all uses; a side that is not given is left out and can be added later by ``+``."""
+        """The second moments of all uses; a side that is not given is left out and can be added later by ``+``.
+
+        Uses are further positions of the same examples: they make more rows, not more examples.
+        """
         like = state.average.weight
-        return functools.reduce(operator.add, [self._moments(layer, like, inputs, grads) for layer, inputs, grads in uses])
+        found = functools.reduce(operator.add, [self._moments(layer, like, inputs, grads) for layer, inputs, grads in uses])
+        return found._replace(output_count=found.output_count / len(uses)) if len(uses) > 1 else found
 
     def _moments(self, layer: Layer, like: Array, inputs: Array | None, output_grads: Array | None) -> KroneckerStatistics:
         """Second moments of the rows of both sides, or of the side that is there."""
