@@ -16,7 +16,7 @@ from kfcore.layers.base import checked_int
 PROBES = 16
 """Vectors by which the drift of a basis is seen; the estimate of its square has a relative error of about ``sqrt(2 / 16)``."""
 ORTHOGONALITY = 1.5
-"""Distance from orthogonality at which a followed basis is decomposed anew, in ``eps sqrt(n)``; an exact decomposition has about 0.3."""
+"""Distance from orthogonality at which a followed basis is made orthonormal, in ``eps sqrt(n)``; an exact decomposition has about 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,13 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> 
     unit = xp.where(unit > 0, unit, xp.ones_like(unit))
     x = x / unit[..., None, None]
     w = probes(xp, x, turn)
-    values, drift, skewed = look(xp, x, basis, w)
-    lost = skewed | ~xp.isfinite(xp.sum(drift, axis=-1))
+    values, drift, apart = look(xp, x, basis, w)
+    eps = float(xp.finfo(x.dtype).eps)
+    lost = (apart > eps) | ~xp.isfinite(xp.sum(drift, axis=-1))
     far = _any(xp, (turn == 0) | lost | (_relative(xp, x, drift) > how.jump))
+    # rounding errors decide when this is due, so that it may do no more than to undo them
+    skewed = _any(xp, apart > (ORTHOGONALITY * eps) ** 2 * x.shape[-1])
+    basis = cond(skewed, lambda basis: orthonormal(xp, basis), lambda basis: basis, basis)
     some = xp.zeros(x.shape[:-2], dtype=xp.int32, device=device(x))
 
     def decomposed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array]:
@@ -172,14 +176,13 @@ def probes(xp: Namespace, like: Array, turn: Array) -> Array:
 def look(xp: Namespace, x: Array, basis: Array, w: Array) -> tuple[Array, Array, Array]:
     """Estimates by the vectors ``w [..., p, n]`` of each ``q^T x q`` and ``|x q - (q^T x q) q|^2``, ``[..., n]``.
 
-    And whether the basis is no longer orthogonal, ``[...]``.
+    And the square of the distance of ``basis basis^T`` from the identity, ``[...]``.
     """
     at, seen = w @ basis, (w @ x) @ basis
     values = xp.sum(at * seen, axis=-2) / xp.sum(at * at, axis=-2)
     rest = seen - values[..., None, :] * at
     apart = linalg.energy(xp, at @ basis.mT - w) / linalg.energy(xp, w)
-    n, eps = x.shape[-1], xp.finfo(x.dtype).eps
-    return values, xp.mean(rest * rest, axis=-2), apart > (ORTHOGONALITY * eps) ** 2 * n
+    return values, xp.mean(rest * rest, axis=-2), apart
 
 
 def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, k: int) -> Array:
@@ -203,14 +206,18 @@ def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, 
     spread, own, _ = linalg.eigh(xp, linalg.gram(xp, tangents))
     shrink = 1.0 / xp.sqrt(1.0 + spread)
     to_y = (own * shrink[..., None, :]) @ own.mT
-    y = (pick + tangents) @ to_y
-    y = y @ linalg.shift(xp, -0.5 * linalg.gram(xp, y), 1.5)
+    y = orthonormal(xp, (pick + tangents) @ to_y)
     both = y + pick
     inverse, _ = linalg.invert(xp, linalg.shift(xp, pick.mT @ y, 1.0))
     back = inverse @ both.mT
     moved = rotated - block
     image = basis @ y + moved @ (pick.mT @ y) + rotated
     return basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+
+
+def orthonormal(xp: Namespace, y: Array) -> Array:
+    """Orthonormal columns nearest to the columns of ``y [..., n, k]``, which are nearly so: a step of Newton's and Schulz' iteration."""
+    return y @ linalg.shift(xp, -0.5 * linalg.gram(xp, y), 1.5)
 
 
 def iterated(xp: Namespace, x: Array, basis: Array, values: Array) -> Array:

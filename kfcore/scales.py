@@ -142,9 +142,7 @@ def _rows(xp: Namespace, layer: Layer, inputs: Array, output_grads: Array, dtype
     return xp.stack(each, axis=-4) if vectors > 1 else each[0][..., None, :, :, :], a
 
 
-def _of_tables(
-    xp: Namespace, layers: list[Layer], inputs: list[Array], grads: list[Array], left: Array | None, dtype: object
-) -> Array:
+def _of_tables(xp: Namespace, layers: list[Layer], inputs: list[Array], grads: list[Array], left: Array | None, dtype: object) -> Array:
     """The same for tables, whose rows ``a`` are columns of the identity: what the positions of one id in an example sum to, squared.
 
     ``inputs`` are ids ``[..., N, S]``, ``grads`` are ``[..., K, N, S, out]``.
