@@ -28,11 +28,12 @@ class Eigh:
 class Tracked:
     """Follow the basis from refresh to refresh, at a fraction of the cost of a decomposition.
 
-    The first refresh decomposes the factor. A later one first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass off the diagonal of ``Q^T A Q``, by products
-    with a few fixed vectors (``O(n^2)``). It leaves the basis if the drift is below ``tolerance``, decomposes the factor anew if it is
-    above ``jump``, and improves the basis in between: the ``block`` basis vectors that drifted most are diagonalised against each other and
-    turned against all others by the angles of Jacobi's method, all at once, as one product of reflections. That takes ``10 n^2 block``
-    operations, keeps the basis orthogonal to rounding, and unlike a step of orthogonal iteration serves every part of the spectrum.
+    The first refresh decomposes the factor. A later one first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass
+    off the diagonal of ``Q^T A Q``, by products with a few fixed vectors (``O(n^2)``). It leaves the basis if the drift is below
+    ``tolerance``, decomposes the factor anew if it is above ``jump``, and improves the basis in between: the ``block`` basis vectors that
+    drifted most are diagonalised against each other and turned against all others by the angles of Jacobi's method, all at once, as one
+    product of reflections. That takes ``10 n^2 block`` operations, keeps the basis orthogonal to rounding, and unlike a step of orthogonal
+    iteration serves every part of the spectrum.
 
     The eigenvalues that go with the basis are estimates of ``q_j^T A q_j`` by the same vectors. Prefer it where refreshes cost most of a
     step: factors of a thousand features and more, refreshed often.

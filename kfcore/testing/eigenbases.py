@@ -98,9 +98,10 @@ class EigenbasisTests:
         if self.backend.no_whole_step:
             raise SkipTest(self.backend.no_whole_step)
         steps = ("refine",) if self.backend.thrifty else ("refine", "qr")
+        layer = Linear(11, 9, bias=None)
         for step in steps:
             method = KFAC(damping=Damping(0.3, "exact"), basis=Tracked(smallest=4, block=3, tolerance=2e-3, step=step), stats_decay=1.0)
-            layer, rng = Linear(11, 9, bias=None), np.random.default_rng(41)
+            rng = np.random.default_rng(41)
             sizes = np.linspace(1.0, 3.0, 11)
             walk = [(sizes * rng.normal(size=(2, 30, 1, 11)), sizes[:9] * rng.normal(size=(2, 30, 1, 9))) for _ in range(6)]
             grad = rng.normal(size=(2, 9, 11))
