@@ -35,8 +35,9 @@ class Tracked:
     product of reflections. That takes ``10 n^2 block`` operations, keeps the basis orthogonal to rounding, and unlike a step of orthogonal
     iteration serves every part of the spectrum.
 
-    The eigenvalues that go with the basis are estimates of ``q_j^T A q_j`` by the same vectors. Prefer it where refreshes cost most of a
-    step: factors of a thousand features and more, refreshed often.
+    The eigenvalues that go with the basis are the quotients ``q_j^T A q_j``, by one product of matrices, where a direction is made of them;
+    EKFAC, which measures its scales, is content with estimates by the same vectors. Prefer it where refreshes cost most of a step:
+    factors of a thousand features and more, refreshed often.
 
     Parameters
     ----------
@@ -94,11 +95,12 @@ class Decomposed(NamedTuple):
 
 
 def decompose_all(
-    xp: Namespace, how: Basis, sides: Sequence[tuple[Forms, Array, Array | None]], old: Sequence[Any]
+    xp: Namespace, how: Basis, sides: Sequence[tuple[Forms, Array, Array | None]], old: Sequence[Any], *, exact: bool = True
 ) -> list[tuple[Decomposed, Decomposed | None]]:
     """Eigenbases of the input and the output factor of blocks, given as ``(forms, A, G)`` with forms of G and of A.
 
     ``old`` are what was applied before, with ``input_basis``, ``output_basis`` and ``ways``. All that is decomposed anew is so in one call.
+    Without ``exact`` the values of a basis that is followed are estimates.
     """
     wanted: list[tuple[Form, Array]] = []
     results: list[list[Any]] = []
@@ -111,7 +113,7 @@ def decompose_all(
             if x is None:
                 results_of_block.append(None)
             elif isinstance(how, Tracked) and form == "matrix" and x.shape[-1] >= how.smallest:
-                results_of_block.append(follow(xp, how, x, basis, turn))
+                results_of_block.append(follow(xp, how, x, basis, turn, exact=exact))
             else:
                 results_of_block.append(len(wanted))
                 wanted.append((form, x))
@@ -120,10 +122,11 @@ def decompose_all(
     return [tuple(anew[x] if isinstance(x, int) else x for x in block) for block in results]  # pyright: ignore[reportReturnType]
 
 
-def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> Decomposed:
+def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array, *, exact: bool = True) -> Decomposed:
     """A refresh of the ``basis`` of one factor ``x``, or of all in a stack as the one in it that drifted most needs it.
 
-    ``turn [...]`` is the number of refreshes before.
+    ``turn [...]`` is the number of refreshes before. Without ``exact`` the values of a basis that was not decomposed are estimates: small
+    eigenvalues are off by as much as the drift.
     """
     # in units of the trace, so that no square leaves the range of the dtype
     unit = linalg.trace(xp, x)
@@ -148,6 +151,7 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> 
         for _ in range(how.sweeps):
             moved = _any(xp, _relative(xp, x, drift) > how.tolerance)
             basis, values, drift, way = cond(moved, improved, left, basis, values, drift, way)
+        values = xp.sum(basis * (x @ basis), axis=-2) if exact else values
         return xp.maximum(values, xp.zeros_like(values)), basis, xp.isfinite(xp.sum(values, axis=-1)), way
 
     def improved(basis: Array, values: Array, drift: Array, way: Array) -> tuple[Array, Array, Array, Array]:

@@ -182,7 +182,8 @@ class EKFAC(Kronecker):
         """:meth:`refresh` of several blocks, whose factors the library may take together."""
         xp = namespace(states[0].average.weight)
         sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
-        each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states])
+        # under "transport" scales are made of eigenvalues only until some are measured
+        each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states], exact=self.moved != "transport")
         fresh: list[EKFACState] = []
         for state, found, damping in zip(states, each, dampings, strict=True):
             solver, ok = eigenbases(xp, state.solver, found, 0.0)

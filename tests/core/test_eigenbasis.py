@@ -297,6 +297,19 @@ def test_kfac_has_the_directions_of_a_decomposition(rng, captures, fitted, kind,
     assert states[1].solver.ways.tolist() == ([0, 0, 4] if fisher != "forward" else [0, 0, 2])
 
 
+def test_what_a_direction_is_made_of_are_no_estimates(rng, captures, fitted):
+    layer, tracked = kf.Linear(20, 18, None), kf.Tracked(smallest=1, tolerance=0.2)
+    (x, g), (y, h) = (captures(rng, n=60, inp=20, out=18) for _ in range(2))
+    exact = [kf.KFAC(damping=kf.Damping(0.3, "exact"), basis=tracked), kf.EKFAC(basis=tracked, moved="reset")]
+    for method in (*exact, kf.EKFAC(basis=tracked)):
+        state = fitted(method, layer, x, g)
+        state = method.refresh(layer, method.observe(state, method.reduce(layer, state, y, h), 0.98))
+        assert state.solver.ways[2] == 2
+        quotients = np.diag(turned(state.solver.input_basis, state.average.values[0]))
+        apart = np.abs(state.solver.input_values / quotients - 1.0).max()
+        assert (apart < 1e-12) == (method in exact)
+
+
 def test_small_factors_and_diagonal_ones_are_decomposed(rng):
     method = kf.EKFAC(basis=kf.Tracked(smallest=5))
     for layer, way in ((kf.Linear(4, 3, None), [0, 0, 4]), (kf.Linear(5, 3, None), [1, 0, 3]), (kf.Embedding(30, 6), [1, 0, 3])):
