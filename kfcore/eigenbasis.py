@@ -16,7 +16,7 @@ from kfcore.layers.base import checked_int
 PROBES = 16
 """Vectors by which the drift of a basis is seen; the estimate of its square has a relative error of about ``sqrt(2 / 16)``."""
 ORTHOGONALITY = 1.5
-"""Distance from orthogonality at which a followed basis is decomposed anew, in ``eps sqrt(n)``; an exact decomposition has about 0.3."""
+"""Distance from orthogonality at which a followed basis is made orthonormal, in ``eps sqrt(n)``; an exact decomposition has about 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,16 @@ class Eigh:
 class Tracked:
     """Follow the basis from refresh to refresh, at a fraction of the cost of a decomposition.
 
-    A refresh first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass off the diagonal of ``Q^T A Q``, by products
-    with a few fixed vectors (``O(n^2)``). It leaves the basis if the drift is below ``tolerance``, decomposes the factor anew if it is
-    above ``jump``, and improves the basis in between: the ``block`` basis vectors that drifted most are diagonalised against each other and
-    turned against all others by the angles of Jacobi's method, all at once, as one product of reflections. That takes ``10 n^2 block``
-    operations, keeps the basis orthogonal to rounding, and unlike a step of orthogonal iteration serves every part of the spectrum.
+    The first refresh decomposes the factor. A later one first looks at the drift ``|A - Q diag(q_j^T A q_j) Q^T|_F / |A|_F``, the mass
+    off the diagonal of ``Q^T A Q``, by products with a few fixed vectors (``O(n^2)``). It leaves the basis if the drift is below
+    ``tolerance``, decomposes the factor anew if it is above ``jump``, and improves the basis in between: the ``block`` basis vectors that
+    drifted most are diagonalised against each other and turned against all others by the angles of Jacobi's method, all at once, as one
+    product of reflections. That takes ``10 n^2 block`` operations, keeps the basis orthogonal to rounding, and unlike a step of orthogonal
+    iteration serves every part of the spectrum.
 
-    The eigenvalues that go with the basis are estimates of ``q_j^T A q_j`` by the same vectors. Prefer it where refreshes cost most of a
-    step: factors of a thousand features and more, refreshed often.
+    The eigenvalues that go with the basis are the quotients ``q_j^T A q_j``, by one product of matrices, where a direction is made of them;
+    EKFAC, which measures its scales, is content with estimates by the same vectors. Prefer it where refreshes cost most of a step:
+    factors of a thousand features and more, refreshed often.
 
     Parameters
     ----------
@@ -93,11 +95,12 @@ class Decomposed(NamedTuple):
 
 
 def decompose_all(
-    xp: Namespace, how: Basis, sides: Sequence[tuple[Forms, Array, Array | None]], old: Sequence[Any]
+    xp: Namespace, how: Basis, sides: Sequence[tuple[Forms, Array, Array | None]], old: Sequence[Any], *, exact: bool = True
 ) -> list[tuple[Decomposed, Decomposed | None]]:
     """Eigenbases of the input and the output factor of blocks, given as ``(forms, A, G)`` with forms of G and of A.
 
     ``old`` are what was applied before, with ``input_basis``, ``output_basis`` and ``ways``. All that is decomposed anew is so in one call.
+    Without ``exact`` the values of a basis that is followed are estimates.
     """
     wanted: list[tuple[Form, Array]] = []
     results: list[list[Any]] = []
@@ -110,7 +113,7 @@ def decompose_all(
             if x is None:
                 results_of_block.append(None)
             elif isinstance(how, Tracked) and form == "matrix" and x.shape[-1] >= how.smallest:
-                results_of_block.append(follow(xp, how, x, basis, turn))
+                results_of_block.append(follow(xp, how, x, basis, turn, exact=exact))
             else:
                 results_of_block.append(len(wanted))
                 wanted.append((form, x))
@@ -119,11 +122,24 @@ def decompose_all(
     return [tuple(anew[x] if isinstance(x, int) else x for x in block) for block in results]  # pyright: ignore[reportReturnType]
 
 
-def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> Decomposed:
-    """A refresh of the ``basis`` of one factor ``x``, or of all in a stack as the one in it that drifted most needs it."""
+def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array, *, exact: bool = True) -> Decomposed:
+    """A refresh of the ``basis`` of one factor ``x``, or of all in a stack as the one in it that drifted most needs it.
+
+    ``turn [...]`` is the number of refreshes before. Without ``exact`` the values of a basis that was not decomposed are estimates: small
+    eigenvalues are off by as much as the drift.
+    """
+    # in units of the trace, so that no square leaves the range of the dtype
+    unit = linalg.trace(xp, x)
+    unit = xp.where(unit > 0, unit, xp.ones_like(unit))
+    x = x / unit[..., None, None]
     w = probes(xp, x, turn)
-    values, drift, skewed = look(xp, x, basis, w)
-    far = _any(xp, (_relative(xp, x, drift) > how.jump) | skewed | ~xp.isfinite(xp.sum(drift, axis=-1)))
+    values, drift, apart = look(xp, x, basis, w)
+    eps = float(xp.finfo(x.dtype).eps)
+    lost = (apart > eps) | ~xp.isfinite(xp.sum(drift, axis=-1))
+    far = _any(xp, (turn == 0) | lost | (_relative(xp, x, drift) > how.jump))
+    # rounding errors decide when this is due, so that it may do no more than to undo them
+    skewed = _any(xp, apart > (ORTHOGONALITY * eps) ** 2 * x.shape[-1])
+    basis = cond(skewed, lambda basis: orthonormal(xp, basis), lambda basis: basis, basis)
     some = xp.zeros(x.shape[:-2], dtype=xp.int32, device=device(x))
 
     def decomposed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array]:
@@ -135,6 +151,7 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> 
         for _ in range(how.sweeps):
             moved = _any(xp, _relative(xp, x, drift) > how.tolerance)
             basis, values, drift, way = cond(moved, improved, left, basis, values, drift, way)
+        values = xp.sum(basis * (x @ basis), axis=-2) if exact else values
         return xp.maximum(values, xp.zeros_like(values)), basis, xp.isfinite(xp.sum(values, axis=-1)), way
 
     def improved(basis: Array, values: Array, drift: Array, way: Array) -> tuple[Array, Array, Array, Array]:
@@ -146,7 +163,7 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array) -> 
         return unchanged
 
     values, basis, ok, way = cond(far, decomposed, followed, basis, values, drift)
-    return Decomposed(values, basis, ok, _way(xp, ok, way))
+    return Decomposed(values * unit[..., None], basis, ok, _way(xp, ok, way))
 
 
 def probes(xp: Namespace, like: Array, turn: Array) -> Array:
@@ -164,14 +181,13 @@ def probes(xp: Namespace, like: Array, turn: Array) -> Array:
 def look(xp: Namespace, x: Array, basis: Array, w: Array) -> tuple[Array, Array, Array]:
     """Estimates by the vectors ``w [..., p, n]`` of each ``q^T x q`` and ``|x q - (q^T x q) q|^2``, ``[..., n]``.
 
-    And whether the basis is no longer orthogonal, ``[...]``.
+    And the square of the distance of ``basis basis^T`` from the identity, ``[...]``.
     """
     at, seen = w @ basis, (w @ x) @ basis
     values = xp.sum(at * seen, axis=-2) / xp.sum(at * at, axis=-2)
     rest = seen - values[..., None, :] * at
     apart = linalg.energy(xp, at @ basis.mT - w) / linalg.energy(xp, w)
-    n, eps = x.shape[-1], xp.finfo(x.dtype).eps
-    return values, xp.mean(rest * rest, axis=-2), apart > (ORTHOGONALITY * eps) ** 2 * n
+    return values, xp.mean(rest * rest, axis=-2), apart
 
 
 def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, k: int) -> Array:
@@ -195,14 +211,18 @@ def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, 
     spread, own, _ = linalg.eigh(xp, linalg.gram(xp, tangents))
     shrink = 1.0 / xp.sqrt(1.0 + spread)
     to_y = (own * shrink[..., None, :]) @ own.mT
-    y = (pick + tangents) @ to_y
-    y = y @ linalg.shift(xp, -0.5 * linalg.gram(xp, y), 1.5)
+    y = orthonormal(xp, (pick + tangents) @ to_y)
     both = y + pick
     inverse, _ = linalg.invert(xp, linalg.shift(xp, pick.mT @ y, 1.0))
     back = inverse @ both.mT
     moved = rotated - block
     image = basis @ y + moved @ (pick.mT @ y) + rotated
     return basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+
+
+def orthonormal(xp: Namespace, y: Array) -> Array:
+    """Orthonormal columns nearest to the columns of ``y [..., n, k]``, which are nearly so: a step of Newton's and Schulz' iteration."""
+    return y @ linalg.shift(xp, -0.5 * linalg.gram(xp, y), 1.5)
 
 
 def iterated(xp: Namespace, x: Array, basis: Array, values: Array) -> Array:

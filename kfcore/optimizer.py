@@ -270,10 +270,14 @@ class ModelOptimizer:
             if due is True and self.method.fisher == "empirical":
                 seen.update(new)
             for name, block in self.preconditioner.blocks.items():
-                if Needs.GRADIENT in block.method.requires(block.layer) and name in matrices:
-                    old = curvature.blocks[name]
-                    found = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
-                    new[name] = new[name] + found if name in new else found
+                if Needs.GRADIENT not in block.method.requires(block.layer):
+                    continue
+                if name not in matrices:
+                    new.pop(name, None)  # the rest alone would be no statistics of this block
+                    continue
+                old = curvature.blocks[name]
+                found = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
+                new[name] = new[name] + found if name in new else found
             return self.preconditioner.observe(curvature, new) if new else curvature
 
         return cond(due, take, lambda old: old, curvature), seen

@@ -38,7 +38,7 @@ class PreconditionerState(NamedTuple):
     observed: Array
     """Times that statistics were taken since the first that were finite in every block, 0-d int32, readable on the host."""
     refreshed: Array
-    """Refreshes since then, likewise."""
+    """Steps since then at which something was refreshed, likewise."""
     blocks: dict[str, Any]
     """State of each block by name."""
 
@@ -52,7 +52,8 @@ class Preconditioner:
     Parameters
     ----------
     blocks
-        The blocks by name, see :func:`blocks_of`.
+        The blocks by name, see :func:`blocks_of`. Under a method that refreshes late, :meth:`refresh` comes before :meth:`precondition` and
+        :meth:`refresh_late` behind it.
     group
         Stack blocks of equal geometry into one call when refreshing and applying. Worth it where launches cost (GPUs, compiled
         programs); on a CPU the batched routines of the libraries are loops and stacking only copies.
@@ -104,11 +105,11 @@ class Preconditioner:
         if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
         self._check_damping(damping)
-        count, observed, refreshed = host(state.steps), host(state.observed), host(state.refreshed)
-        first = (observed > 0) & (refreshed == 0)
-        return self._refreshed(
-            state, damping, [(first if self._late(names) else due | first, names) for due, names in self._due(state, count)]
-        )
+        count, observed, fresh = host(state.steps), host(state.observed), host(state.refreshed) == 0
+        first = (observed > 0) & fresh
+        # until the first refresh of all there is nothing to measure in, and no reason to be late
+        due = [((due & fresh if self._late(groups) else due) | first, groups) for due, groups in self._due(state, count)]
+        return self._refreshed(state, damping, due)
 
     def refresh_late(self, state: PreconditionerState, refreshed: Array, damping: Values = None) -> PreconditionerState:
         """After the directions: refresh the blocks that are due under methods that do so late (:attr:`kfcore.Method.late`).
@@ -117,7 +118,11 @@ class Preconditioner:
         """
         again = host(refreshed) > 0
         due = [(due & again, groups) for due, groups in self._due(state, host(state.steps)) if self._late(groups)]
-        return self._refreshed(state, damping, due)._replace(refreshed=state.refreshed) if due else state
+        if not due:
+            return state
+        # a step counts once, whatever it refreshes before and after
+        late = self._refreshed(state._replace(refreshed=refreshed), damping, due)
+        return late._replace(refreshed=namespace(refreshed).maximum(state.refreshed, late.refreshed))
 
     def _late(self, groups: list[list[str]]) -> bool:
         return self.blocks[groups[0][0]].method.late

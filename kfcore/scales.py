@@ -50,23 +50,13 @@ def scales(xp: Namespace, uses: Sequence[Use], left: Array | None, right: Array 
     product. With up to :data:`PAIRS` of them, ``sum_st (g_s g_t)^T (a_s a_t)`` makes one of the products of all pairs. With more, the
     gradients of a few examples at a time are formed, of rotated rows or rotated afterwards, whichever takes fewer operations.
     """
-    split = [_split(xp, use) for use in uses]
-    if len({use.output_grads.shape[-4:-2] for use in split}) > 1:
-        counts = ", ".join(str(use.output_grads.shape[-4] * use.output_grads.shape[-3]) for use in split)
-        raise ValueError(f"`uses` of one layer in one batch must have the same examples, got {counts}")
+    split = _split(xp, uses)
     if split[0].layer.input_kind == "ids":
         return _of_tables(xp, split, left, dtype)
-    lead = split[0].output_grads.ndim - 4
-    arrays: list[Array] = []
-    axes: list[int] = []
-    for use in split:
-        arrays += [use.inputs, use.output_grads] if use.mask is None else [use.inputs, use.output_grads, use.mask]
-        axes += [lead, lead + 1] if use.mask is None else [lead, lead + 1, lead]
+    arrays, axes = _arrays(split, split[0].output_grads.ndim - 4)
 
     def part(*arrays: Array) -> Array:
-        given = iter(arrays)
-        parts = [_Split(use.layer, next(given), next(given), None if use.mask is None else next(given)) for use in split]
-        rows = [_rows(xp, use, dtype) for use in parts]
+        rows = [_rows(xp, use, dtype) for use in _given(split, arrays)]
         g, a = rows[0] if len(rows) == 1 else (xp.concat(list(side), axis=-2) for side in zip(*rows, strict=True))
         return _rotated(xp, g, a, left, right)
 
@@ -126,7 +116,7 @@ def gather_sum(xp: Namespace, rows: Array, ids: Array, num: int) -> Array:
 
 def _rotated(xp: Namespace, g: Array, a: Array, left: Array | None, right: Array | None) -> Array:
     """The sum over the examples at hand, of ``g [..., K, N, S, out]`` and ``a [..., N, S, in]``."""
-    (vectors, n, s, p), q, lead = g.shape[-4:], a.shape[-1], a.shape[:-3]
+    (vectors, n, s, p), q, lead = g.shape[-4:], a.shape[-1], g.shape[:-4]
     afterwards = left is not None and right is not None and s > PAIRS and s * (p * p + q * q) > p * q * (p + q)
     if not afterwards:
         g, a = _turned(xp, g, left), _turned(xp, a, right)
@@ -157,7 +147,7 @@ def _rows(xp: Namespace, use: _Split, dtype: object) -> tuple[Array, Array]:
     wide = layer if getattr(layer, "sharing", "expand") == "expand" else replace(layer, sharing="expand")
     n = use.output_grads.shape[-3]
     a = wide.input_rows(xp, use.inputs, dtype, use.mask)
-    a = xp.reshape(a, (*a.shape[:-2], n, a.shape[-2] // max(1, n), a.shape[-1]))
+    a = xp.reshape(a, (*a.shape[:-2], n, a.shape[-2] // n if n else 1, a.shape[-1]))
     each = []
     for k in range(use.output_grads.shape[-4]):
         g = wide.output_rows(xp, use.output_grads[..., k, :, :, :], dtype, use.inputs, use.mask)
@@ -167,20 +157,26 @@ def _rows(xp: Namespace, use: _Split, dtype: object) -> tuple[Array, Array]:
 
 def _of_tables(xp: Namespace, uses: Sequence[_Split], left: Array | None, dtype: object) -> Array:
     """The same for tables, whose rows ``a`` are columns of the identity: what the positions of one id in an example sum to, squared."""
-    taken = uses[0].inputs if len(uses) == 1 else xp.concat([use.inputs for use in uses], axis=-1)
-    rows = [_of_table(xp, use, dtype) for use in uses]
-    g = rows[0] if len(rows) == 1 else xp.concat(rows, axis=-2)
-    g = _turned(xp, g, left)
-    lead, s, num = taken.shape[:-2], taken.shape[-1], uses[0].layer.shape[1]
+    lead, (features, num) = uses[0].inputs.ndim - 2, uses[0].layer.shape
+    positions, stacked = sum(use.inputs.shape[-1] for use in uses), math.prod(uses[0].inputs.shape[:-2])
+    arrays, axes = _arrays(uses, lead)
 
-    def part(taken: Array, g: Array) -> Array:
-        same = cast(xp, taken[..., :, None] == taken[..., None, :], dtype)
-        squared = xp.sum(g * (same[..., None, :, :, :] @ g), axis=-4)
-        flat = (*lead, taken.shape[-2] * s)
-        return gather_sum(xp, xp.reshape(squared, (*flat, g.shape[-1])), xp.reshape(taken, flat), num)
+    def part(*arrays: Array) -> Array:
+        some = _given(uses, arrays)
+        rows = [_of_table(xp, use, dtype) for use in some]
+        g, ids = (rows[0], some[0].inputs) if len(rows) == 1 else (xp.concat(rows, axis=-2), xp.concat([u.inputs for u in some], axis=-1))
+        g = _turned(xp, g, left)
+        same = cast(xp, ids[..., :, None] == ids[..., None, :], dtype)
+        # once an id, where it stands first
+        first = cast(xp, xp.sum(xp.tril(same, k=-1), axis=-1) == 0, dtype)
+        squared = first[..., None] * xp.sum((same[..., None, :, :, :] @ g) ** 2, axis=-4)
+        n, s = ids.shape[-2:]
+        flat = xp.reshape(squared, (*ids.shape[:-2], n * s, features))
+        return gather_sum(xp, flat, xp.reshape(ids, (*ids.shape[:-2], n * s)), num).mT
 
-    each = max(1, math.prod(lead)) * s * (s + g.shape[-4] * g.shape[-1])
-    return fold(xp, part, [taken, g], [len(lead), len(lead) + 1], max(1, ROOM // max(1, each))).mT
+    # each part adds a whole table, so that there is no use in parts much smaller than one
+    numbers = stacked * positions * (positions + 2 * uses[0].output_grads.shape[-4] * features)
+    return fold(xp, part, arrays, axes, max(1, max(ROOM, stacked * num * features) // max(1, numbers)))
 
 
 def _of_table(xp: Namespace, use: _Split, dtype: object) -> Array:
@@ -190,23 +186,42 @@ def _of_table(xp: Namespace, use: _Split, dtype: object) -> Array:
     return xp.stack([xp.reshape(g, use.output_grads[..., 0, :, :, :].shape) for g in each], axis=-4)
 
 
-def _split(xp: Namespace, use: Use) -> _Split:
-    """``use`` with its Fisher vectors, of which each example has as many, on an axis of their own."""
-    layer, inputs, grads, mask = use
-    assert inputs is not None
-    assert grads is not None
-    lead = grads.ndim - 3
-    n = inputs.shape[lead]
-    if grads.shape[lead] % max(1, n):
-        raise ValueError(f"`output_grads` must have a multiple of the {n} examples of `inputs`, got {grads.shape[lead]}")
-    shape = (*grads.shape[:lead], grads.shape[lead] // n if n else 1, n, *grads.shape[lead + 1 :])
-    return _Split(layer, inputs, xp.reshape(grads, shape), mask)
+def _split(xp: Namespace, uses: Sequence[Use]) -> list[_Split]:
+    """``uses`` with their Fisher vectors, of which each example has as many, on an axis of their own."""
+    every: Any = uses
+    lead = every[0].output_grads.ndim - 3
+    seen = {(use.inputs.shape[lead], use.output_grads.shape[lead]) for use in every}
+    n, rows = seen.pop()
+    if seen:
+        counts = ", ".join(f"{use.inputs.shape[lead]} and {use.output_grads.shape[lead]}" for use in every)
+        raise ValueError(f"`uses` of one layer in one batch must have the same examples in `inputs` and `output_grads`, got {counts}")
+    if rows % max(1, n):
+        raise ValueError(f"`output_grads` must have as many examples as `inputs`, {n}, or a multiple (of Fisher vectors), got {rows}")
+    grads = [use.output_grads for use in every]
+    grads = [xp.reshape(g, (*g.shape[:lead], rows // n if n else 1, n, *g.shape[lead + 1 :])) for g in grads]
+    return [_Split(use.layer, use.inputs, g, use.mask) for use, g in zip(every, grads, strict=True)]
+
+
+def _arrays(uses: Sequence[_Split], lead: int) -> tuple[list[Array], list[int]]:
+    """All arrays of ``uses``, and which axis of each is the examples'."""
+    arrays: list[Array] = []
+    axes: list[int] = []
+    for use in uses:
+        arrays += [use.inputs, use.output_grads] if use.mask is None else [use.inputs, use.output_grads, use.mask]
+        axes += [lead, lead + 1] if use.mask is None else [lead, lead + 1, lead]
+    return arrays, axes
+
+
+def _given(uses: Sequence[_Split], arrays: Sequence[Array]) -> list[_Split]:
+    """``uses`` with other ``arrays``, in the order of :func:`_arrays`."""
+    given = iter(arrays)
+    return [_Split(use.layer, next(given), next(given), None if use.mask is None else next(given)) for use in uses]
 
 
 def _numbers(use: _Split) -> int:
-    """Numbers in the rows of an example, with each of its Fisher vectors."""
+    """Numbers in the rows of an example, with each of its Fisher vectors, in all stacked layers."""
     *lead, vectors, _, positions, _ = use.output_grads.shape
-    return math.prod(lead) * vectors * positions * sum(use.layer.shape)
+    return max(math.prod(lead), math.prod(use.layer.stack)) * vectors * positions * sum(use.layer.shape)
 
 
 def _numpy_gather_sum(xp: Namespace, rows: Array, ids: Array, num: int) -> Array:

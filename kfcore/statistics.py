@@ -121,6 +121,8 @@ def output_moment(
 ) -> tuple[Moment | DiagonalMoment, Number]:
     """Second moment of the output rows of ``layer``, in the form of its factor, and the number of examples that have a position.
 
+    ``output_grads`` may have several Fisher vectors of each example behind each other, ``[..., K N, S, out]``.
+
     Raises
     ------
     ValueError
@@ -130,11 +132,22 @@ def output_moment(
         raise ValueError(
             f"`inputs` must be given with `output_grads` in one call: {type(layer).__name__} makes its output factor of both, got None"
         )
+    axis = output_grads.ndim - 3
+    if mask is not None and inputs is not None:
+        mask = tiled(xp, mask, output_grads.shape[axis], axis)
+    if layer.together and inputs is not None:
+        inputs = tiled(xp, inputs, output_grads.shape[axis], axis)
     rows = layer.output_rows(xp, output_grads, dtype, inputs, mask)
     examples = float(output_grads.shape[-3]) if mask is None else number(xp, cast(xp, live_count(mask, "reduce"), dtype))
     if layer.forms[0] == "diagonal":
         return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
     return Moment.of(xp, rows, output_grads), examples
+
+
+def tiled(xp: Namespace, x: Array, n: int, axis: int) -> Array:
+    """``x`` of some examples, along ``axis``, once for each of their Fisher vectors, of which there are ``n`` in all."""
+    vectors = n // max(1, x.shape[axis])
+    return xp.concat([x] * vectors, axis=axis) if vectors > 1 else x
 
 
 class KroneckerStatistics(NamedTuple):
@@ -287,13 +300,14 @@ def observe(
     counts: tuple[Number, ...],
     decay: float | Array,
     size: Callable[[Array], Array] | None = None,
+    valid: bool | Array = True,
 ) -> tuple[RunningAverage, bool | Array]:
     """``average`` with the means ``totals / counts`` observed, and whether they were: ``[...]`` of booleans, or a bool
     where the host knows.
 
     All totals are observed or none: a count of zero, a NaN or an infinity in one leaves the average as it was. Moments are positive
     semi-definite, and a finite trace bounds all their entries, so that it is looked at instead of n^2 numbers; for arrays of another
-    kind give ``size``, a sum of all entries.
+    kind give ``size``, a sum of all entries. Where not ``valid [...]`` nothing is observed either.
     """
     measure: Callable[[Any], Array] = (lambda total: total.trace(xp)) if size is None else size
     parts, positive = [], True
@@ -305,7 +319,8 @@ def observe(
     # where the host can read single numbers (see `number`) all that follows but the blending is its arithmetic
     spread = functools.reduce(operator.add, [number(xp, measure(total)) * shares for _, total, shares in parts])
     ok = finite(xp, spread)
-    ok = truth(xp, ok if positive is True else positive & ok)
+    ok = ok if positive is True else positive & ok
+    ok = truth(xp, ok if valid is True else valid & ok)
     if ok is False:
         return average, ok
     weight = number(xp, average.weight) if ok is True else average.weight

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from kfcore import factors, linalg
-from kfcore._array import Array, Namespace, namespace, scalar, truth
+from kfcore._array import Array, Namespace, finite, namespace, number, scalar, truth
 from kfcore.curvature.base import Cost, Needs, count_failure, select
 from kfcore.curvature.kronecker import (
     Eigenbases,
@@ -138,20 +138,21 @@ class EKFAC(Kronecker):
         if grad is not None:
             xp, grad = checked_grad(layer, grad, like.dtype)
             turned = self._turned(xp, layer, state, grad, None)
-            return KroneckerStatistics(None, 0.0, None, 0.0, levelled(xp, terms * turned * turned, state.solver), 1.0)
-        if self.scales != "gradient" and (inputs is None or output_grads is None):
-            raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
+            squared = scalar(xp, terms, turned) * turned * turned
+            return KroneckerStatistics(None, 0.0, None, 0.0, levelled(xp, squared, state.solver), 1.0)
         return self.reduce_all([Use(layer, inputs, output_grads, mask)], state)
 
     def reduce_all(self, uses: Sequence[Use], state: EKFACState) -> KroneckerStatistics:
         """:meth:`reduce` of several uses of one weight in one batch, whose gradients of each example add up before they are squared."""
         like = state.average.weight
-        found = super().reduce_all(uses, state)
         if self.scales == "gradient":
-            return found
+            return super().reduce_all(uses, state)
+        if any(use.inputs is None or use.output_grads is None for use in uses):
+            raise ValueError("`inputs` and `output_grads` must be given together: EKFAC squares the gradients of single examples")
+        found = super().reduce_all(uses, state)
         xp = namespace(like)
         measured = levelled(xp, scales(xp, uses, state.solver.output_basis, state.solver.input_basis, like.dtype), state.solver)
-        return found._replace(scales=measured, scale_count=found.output_count / len(uses))
+        return found._replace(scales=measured, scale_count=found.output_count)
 
     def observe(self, state: EKFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> EKFACState:
         """Running averages of both factors and of the scales; those measured before there was a basis are left out."""
@@ -160,16 +161,19 @@ class EKFAC(Kronecker):
             raise ValueError("`statistics` lack the scales: give `reduce` the gradient too, and add the results")
         xp, decay = namespace(state.average.weight), self._decay(decay)
         sums, counts = (statistics.inputs, statistics.outputs), (statistics.input_count, statistics.output_count)
-        average, ok = observe(xp, state.average, sums, counts, decay)
         based = truth(xp, xp.any(state.solver.ways > 0, axis=-1))
-        measured, good = state.scales, True
+        fine, total = True, None
+        if based is not False:
+            total = xp.sum(statistics.scales, axis=(-2, -1))
+            fine = finite(xp, number(xp, total))
+            fine = fine if based is True else fine | ~based
+        average, ok = observe(xp, state.average, sums, counts, decay, valid=fine)
+        measured = state.scales
         if based is not False:
             again = 0.0 if self.scales == "batch" else decay
-            measured, good = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, _sum)
-            if based is not True:
-                measured, good = select(xp, based, measured, state.scales), good | ~based
-        dropped = count_failure(xp, state.dropped, ok if good is True else good & ok)
-        return state._replace(average=average, scales=measured, dropped=dropped)
+            valid = ok if based is True else ok & based
+            measured, _ = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, lambda _: total, valid)
+        return state._replace(average=average, scales=measured, dropped=count_failure(xp, state.dropped, ok))
 
     def refresh(self, layer: Layer, state: EKFACState, damping: float | Array | None = None) -> EKFACState:
         """Find the eigenbases, and bring the scales there; where that fails, keep the old ones and count it."""
@@ -181,7 +185,8 @@ class EKFAC(Kronecker):
         """:meth:`refresh` of several blocks, whose factors the library may take together."""
         xp = namespace(states[0].average.weight)
         sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
-        each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states])
+        # under "transport" scales are made of eigenvalues only until some are measured
+        each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states], exact=self.moved != "transport")
         fresh: list[EKFACState] = []
         for state, found, damping in zip(states, each, dampings, strict=True):
             solver, ok = eigenbases(xp, state.solver, found, 0.0)

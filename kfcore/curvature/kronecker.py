@@ -16,7 +16,7 @@ from kfcore.factors import MATRICES
 from kfcore.layers import Layer
 from kfcore.layers.base import check_mask
 from kfcore.linalg import carried, thin_product
-from kfcore.statistics import GradientRows, KroneckerStatistics, Use, input_moment, output_moment, spans
+from kfcore.statistics import GradientRows, KroneckerStatistics, Use, input_moment, output_moment, spans, tiled
 
 
 class Eigenbases(NamedTuple):
@@ -58,8 +58,12 @@ class Kronecker(Method):
         return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
 
     def reduce_all(self, uses: Sequence[Use], state: Any) -> KroneckerStatistics:
-        """The second moments of all uses; a side that is not given is left out and can be added later by ``+``."""
-        return functools.reduce(operator.add, [self._moments(state.average.weight, use) for use in uses])
+        """The second moments of all uses; a side that is not given is left out and can be added later by ``+``.
+
+        Uses are further positions of the same examples: they make more rows, not more examples.
+        """
+        found = functools.reduce(operator.add, [self._moments(state.average.weight, use) for use in uses])
+        return found._replace(output_count=found.output_count / len(uses)) if len(uses) > 1 else found
 
     def _moments(self, like: Array, use: Use) -> KroneckerStatistics:
         """Second moments of the rows of both sides, or of the side that is there."""
@@ -74,7 +78,9 @@ class Kronecker(Method):
         if output_grads is not None and self.fisher != "forward":
             xp = check_captured("output_grads", output_grads, like)
             if mask is not None:
-                check_mask(layer, mask, output_grads.shape[:-1], "output_grads", output_grads)
+                lead = output_grads.ndim - 3
+                whole = mask if inputs is None else tiled(xp, mask, output_grads.shape[lead], lead)
+                check_mask(layer, whole, output_grads.shape[:-1], "output_grads", output_grads)
             g, examples = output_moment(xp, layer, output_grads, like.dtype, inputs, mask)
         return KroneckerStatistics(a, rows, g, examples)
 

@@ -7,7 +7,7 @@ from unittest import SkipTest
 
 import numpy as np
 
-from kfcore import KFAC, CustomLoss, Damping, Embedding, Linear, ModelOptimizer, Norm, Optimizer, StepSize
+from kfcore import EKFAC, KFAC, CustomLoss, Damping, Embedding, Linear, Method, ModelOptimizer, Norm, Optimizer, StepSize
 from kfcore.checkpoint import from_arrays, to_arrays
 from kfcore.model import Model, flatten
 from kfcore.optimizer import added, merge
@@ -16,13 +16,19 @@ from kfcore.testing.backend import Backend, Function, assert_close, leaves
 
 N, STEPS = 6, 10
 METHOD_OPTIONS = ("stats_every", "refresh_every", "stats_decay")
+EKFAC_OPTIONS = ("scales", "moved")
 OPTIMIZER_OPTIONS = ("learning_rate", "momentum", "nesterov", "weight_decay", "decay", "clip", "graft", "spread")
 
 
-def split(options: dict[str, Any]) -> tuple[KFAC, dict[str, Any]]:
-    """Method and optimizer options of the options of a :class:`reference.Trajectory`."""
-    damping = Damping(options.get("damping", 1e-3), options.get("kind", "factored"), relative=options.get("relative", False))
-    method = KFAC(damping=damping, **{k: v for k, v in options.items() if k in METHOD_OPTIONS})
+def split(options: dict[str, Any]) -> tuple[KFAC | EKFAC, dict[str, Any]]:
+    """Method and optimizer options of the options of a trajectory of the reference; those of EKFAC choose it."""
+    kind = EKFAC if any(name in options for name in EKFAC_OPTIONS) else KFAC
+    damping = Damping(
+        options.get("damping", 1e-3),
+        "exact" if kind is EKFAC else options.get("kind", "factored"),
+        relative=options.get("relative", False),
+    )
+    method = kind(damping=damping, **{k: v for k, v in options.items() if k in METHOD_OPTIONS + EKFAC_OPTIONS})
     return method, {k: v for k, v in options.items() if k in OPTIMIZER_OPTIONS}
 
 
@@ -57,19 +63,20 @@ class OptimizerTests:
     def _sizes(self) -> tuple[int, int, int]:
         return (4, 4, 4) if self.backend.thrifty else (4, 5, 3)
 
-    def _train(self, *, dtype: str = "float64", group: bool = False, **options: Any) -> None:
-        """Ten steps of both, compared after each; groups need equal layers."""
+    def _train(self, *, dtype: str = "float64", group: bool = False, steps: int = STEPS, **options: Any) -> None:
+        """Some steps of both, compared after each; groups need equal layers."""
         b, rng = self.backend, np.random.default_rng(30)
         sizes = (4, 4, 4) if group else self._sizes
         method, rest = split(options)
         layout = options.get("layout", "oi")
-        truth = reference.Trajectory(reference.random_params(rng, sizes, layout), **options)
+        trajectory = reference.EigenTrajectory if isinstance(method, EKFAC) else reference.Trajectory
+        truth = trajectory(reference.random_params(rng, sizes, layout), **options)
         optimizer = Optimizer(method, linears(sizes, options), group=group, **rest)
         params = b.put(truth.params, dtype)
         state = optimizer.init(params)
         step = self._wrap_step(optimizer.step)
         traced = not (b.eager or b.no_whole_step)
-        for i, (x, y) in enumerate(self._batches(rng, sizes)):
+        for i, (x, y) in enumerate(self._batches(rng, sizes, steps)):
             grads, records = reference.network(_double(b.get(params)), x, y, layout)
             due = traced or bool(optimizer.stats_due(state))
             params, state = step(params, b.put(grads, dtype), b.put(records, dtype) if due else None, state)
@@ -77,7 +84,7 @@ class OptimizerTests:
             desired = {k: v.astype(dtype) for k, v in flatten(truth.params).items()}
             tolerance = 1e-9 if dtype == "float64" else 2e-3
             assert_close(flatten(params), desired, b, tolerance, f"step {i} of {options} group={group}: params")
-        assert optimizer.diagnostics(state) == {"steps": STEPS, "skipped_steps": 0, "dropped_statistics": {}, "kept_refreshes": {}}
+        assert optimizer.diagnostics(state) == {"steps": steps, "skipped_steps": 0, "dropped_statistics": {}, "kept_refreshes": {}}
 
     def test_step_with_momentum_and_decoupled_decay(self) -> None:
         """The defaults, with statistics and refreshes that are not always due, in both dtypes."""
@@ -140,6 +147,18 @@ class OptimizerTests:
             assert_close(flatten(params), flatten(truth.params), b, 1e-9, f"step with {n} examples of {N}: params")
         assert optimizer.diagnostics(state)["dropped_statistics"] == {}
 
+    def test_step_with_ekfac(self) -> None:
+        """Twenty steps with refreshes behind every third, a joint bias, a trust region."""
+        self._train(damping=0.1, scales="average", moved="transport", refresh_every=3, clip=1e-2, steps=20)
+
+    def test_step_with_ekfac_otherwise(self) -> None:
+        """Every kind of scales and of moving them, spread, grouped and scheduled; a separate bias; single precision."""
+        self._skip_if_thrifty()
+        self._train(damping=0.1, scales="batch", moved="reset", refresh_every=2, spread=True, bias="separate", layout="io")
+        self._train(damping=0.1, scales="gradient", moved="measure", refresh_every=3, stats_every=2, group=True)
+        self._train(damping=lambda t: 0.3 / (1.0 + t), scales="average", moved="measure", refresh_every=1, relative=True)
+        self._train(damping=0.1, scales="average", moved="transport", refresh_every=4, dtype="float32")
+
     def test_step_of_a_table_and_a_norm(self) -> None:
         """Four steps with a table that has padding, a normalisation and a dense layer, by every kind of factor."""
         b, rng, num, features, damping = self.backend, np.random.default_rng(36), 5, 3, 0.1
@@ -196,10 +215,10 @@ class OptimizerTests:
             truth.step(x, y)
         assert_close(params, flatten(truth.params), b, 1e-9, "params of a ModelOptimizer")
 
-    def _one(self, rng: np.random.Generator, **options: Any) -> tuple[Any, Optimizer, dict[str, Any], Any, Function]:
+    def _one(self, rng: np.random.Generator, method: Method | None = None) -> tuple[Any, Optimizer, dict[str, Any], Any, Function]:
         sizes = self._sizes
         params = reference.random_params(rng, sizes)
-        optimizer = Optimizer(KFAC(damping=0.1, refresh_every=2), linears(sizes, {}), **options)
+        optimizer = Optimizer(method or KFAC(damping=0.1, refresh_every=2), linears(sizes, {}))
         there = self.backend.put(params)
         return params, optimizer, there, optimizer.init(there), self._wrap_step(optimizer.step)
 
@@ -229,11 +248,18 @@ class OptimizerTests:
 
     def test_checkpoint_round_trip(self) -> None:
         """A state goes to NumPy arrays and back bit for bit, and on in another library as it would have here."""
+        self._round_trip(KFAC(damping=0.1, refresh_every=2), 2)
+
+    def test_checkpoint_round_trip_of_ekfac(self) -> None:
+        """Scales and the basis they belong to, after a step whose refresh came late."""
+        self._round_trip(EKFAC(damping=0.1, refresh_every=2), 3)
+
+    def _round_trip(self, method: Method, steps: int) -> None:
         b, rng = self.backend, np.random.default_rng(33)
-        batches = self._batches(rng, self._sizes, 3)
-        host, optimizer, params, state, step = self._one(rng)
+        batches = self._batches(rng, self._sizes, steps + 1)
+        host, optimizer, params, state, step = self._one(rng, method)
         fresh = optimizer.init(params)
-        for x, y in batches[:2]:
+        for x, y in batches[:-1]:
             grads, records = reference.network(b.get(params), x, y)
             params, state = step(params, b.put(grads), b.put(records), state)
         bound = optimizer.bind(params)
@@ -242,7 +268,7 @@ class OptimizerTests:
         assert_close(loaded.curvature.blocks, b.get(state.curvature.blocks), b, 0.0, "loaded blocks")
         assert_close(loaded.step, b.get(state.step), b, 0.0, "loaded step state")
         assert_close(loaded.curvature[:3], b.get(state.curvature[:3]), b, 0.0, "loaded counters", anywhere=True)
-        grads, records = reference.network(b.get(params), *batches[2])
+        grads, records = reference.network(b.get(params), *batches[-1])
         on, _ = step(params, b.put(grads), b.put(records), loaded)
         there = from_arrays(bound, optimizer.init(host), arrays, header)
         desired, _ = optimizer.step(b.get(params), grads, records, there)

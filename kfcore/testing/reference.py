@@ -202,18 +202,23 @@ class Trajectory:
         for k, (name, grad) in enumerate(blocks.items()):
             every = o["stats_every"] if name == "scale" else o["refresh_every"]
             offset = k % every if o["spread"] else 0
-            if self.count == 0 or self.count % every == offset:
-                self.used[name] = [average(list(v), o["stats_decay"]) for v in zip(*self.seen[name], strict=True)], o["damping"]
-            values, damping = self.used[name]
-            if name == "scale":
-                damping = damping * (values[0].mean() if o["relative"] else 1.0)
-                directions[name] = grad / (average([v[0] for v in self.seen[name]], o["stats_decay"]) + damping)
-            else:
-                directions[name] = direction(values[0], values[1], grad, damping, o["kind"], "mean", o["relative"])
+            directions[name] = self._direction(name, grad, self.count == 0 or self.count % every == offset, o)
             if o["graft"]:
                 directions[name] *= np.linalg.norm(grad) / np.linalg.norm(directions[name])
         self._move(blocks, directions, o)
         self.count += 1
+
+    def _averages(self, name: str, o: dict[str, Any]) -> list[Arr]:
+        return [average(list(v), o["stats_decay"]) for v in zip(*self.seen[name], strict=True)]
+
+    def _direction(self, name: str, grad: Arr, due: bool, o: dict[str, Any]) -> Arr:
+        if due:
+            self.used[name] = self._averages(name, o), o["damping"]
+        values, damping = self.used[name]
+        if name == "scale":
+            damping = damping * (values[0].mean() if o["relative"] else 1.0)
+            return grad / (average([v[0] for v in self.seen[name]], o["stats_decay"]) + damping)
+        return direction(values[0], values[1], grad, damping, o["kind"], "mean", o["relative"])
 
     def _blocks(self, tree: dict[str, Any], o: dict[str, Any]) -> dict[str, Arr]:
         blocks = {}
@@ -251,6 +256,59 @@ class Trajectory:
             m = values[name] if o["bias"] == "joint" else np.hstack([values[f"{name}.weight"], values[f"{name}.bias"]])
             new[name] = {"weight": m[:, :-1] if o["layout"] == "oi" else m[:, :-1].T, "bias": m[:, -1]}
         self.params = {name: new[name] for name in self.params}
+
+
+class EigenTrajectory(Trajectory):
+    """The same with EKFAC, whose scales are measured example by example in the basis that the step uses; refreshes come behind it."""
+
+    def __init__(self, params: dict[str, Any], *, scales: str = "average", moved: str = "transport", **options: Any) -> None:
+        super().__init__(params, **options)
+        self.scales, self.moved = scales, moved
+        self.bases: dict[str, tuple[Arr, Arr]] = {}
+        self.measured: dict[str, tuple[float, Arr]] = {}
+
+    def _look(self, records: dict[str, tuple[Arr, Arr]], grads: dict[str, Any], o: dict[str, Any]) -> None:
+        super()._look(records, grads, o)
+        blocks = self._blocks(grads, o)
+        for name, (left, right) in self.bases.items():
+            a, g = records[name.partition(".")[0]]
+            n = len(a)
+            if name.endswith(".bias"):
+                a = np.ones((n, 1))
+            elif not name.endswith(".weight"):
+                a = np.hstack([a, np.ones((n, 1))])
+            examples = [n * np.outer(*pair) for pair in zip(g, a, strict=True)]  # of each example's own loss
+            if self.scales == "gradient":
+                examples = [np.sqrt(n) * blocks[name]]
+            new = np.mean([(left.T @ x @ right) ** 2 for x in examples], axis=0)
+            weight, old = self.measured[name]
+            weight = (0.0 if self.scales == "batch" else o["stats_decay"]) * weight + 1.0
+            self.measured[name] = weight, old + (new - old) / weight
+
+    def _direction(self, name: str, grad: Arr, due: bool, o: dict[str, Any]) -> Arr:
+        if name == "scale":
+            return super()._direction(name, grad, due, o)
+        fresh = name not in self.bases
+        if fresh:
+            self._refresh(name, o)
+        (left, right), values = self.bases[name], self.measured[name][1]
+        found = left @ (left.T @ grad @ right / (values + self.used[name])) @ right.T
+        if due and not fresh:
+            self._refresh(name, o)
+        return found
+
+    def _refresh(self, name: str, o: dict[str, Any]) -> None:
+        (of_a, right), (of_g, left) = map(np.linalg.eigh, self._averages(name, o))
+        kfac = np.outer(of_g, of_a)
+        weight, old = self.measured.get(name, (0.0, kfac))
+        if self.moved == "measure":
+            weight = 0.0
+        if weight and self.moved == "transport":
+            before = np.kron(*self.bases[name])
+            matrix, after = before @ np.diag(old.reshape(-1)) @ before.T, np.kron(left, right)
+            kfac = np.diag(after.T @ matrix @ after).reshape(old.shape)
+        self.bases[name], self.measured[name] = (left, right), (weight, kfac)
+        self.used[name] = o["damping"] * (kfac.mean() if o["relative"] else 1.0)
 
 
 def softmax(x: Arr) -> Arr:

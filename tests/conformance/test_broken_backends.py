@@ -71,7 +71,12 @@ def counts_over_rows(xp, ids, num):
     return np.broadcast_to(REFERENCE["counts"](xp, ids.reshape(-1), num), (*ids.shape[:-1], num))
 
 
+def squares_of_each_position(xp, g, a):
+    return np.einsum("...bsp,...bsq->...pq", g**2, a**2)
+
+
 KERNELS = {
+    squares_of_each_position: ("squares", ["test_squares", "test_ekfac_of_every_layer"]),
     counts_that_wrap: ("counts", ["test_counts", "test_kfac_embedding"]),
     counts_over_rows: ("counts", ["test_counts", "test_kfac_embedding"]),
     transposed_vectors: ("eigh", ["test_eigh", "test_kfac_damping_kinds", "test_step_with_clip_and_coupled_decay"]),
