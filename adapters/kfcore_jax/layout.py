@@ -10,17 +10,21 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 import kfcore
-from kfcore import Conv, Linear
+from kfcore import Conv, Embedding, Linear, Norm
 from kfcore_jax.analysis import Findings, is_trained
-from kfcore_jax.sites import Convolution, Dense, Geometry, Site
+from kfcore_jax.sites import Affine, Convolution, Dense, Gather, Geometry, Site
+from kfcore_jax.sites.gather import Mode
 from kfcore_jax.views import View, apply, undo
 
 Sharing = Literal["expand", "reduce"]
-Described: TypeAlias = Linear | Conv
+Blocks = Literal["diagonal", "full"]
+Described: TypeAlias = Linear | Conv | Embedding | Norm
 """A layer of the core that a use of a weight may be."""
 WEIGHTS = {"kernel", "weight", "w", "W"}
 """Last keys that say "the weight" and are left out of the name of a layer."""
-LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding"}
+OWN_WEIGHTS = {"gather": {"embedding", "embeddings"}, "scale": {"scale", "gamma"}}
+"""Those that do so in layers of one kind."""
+LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding", "scale": "scale", "shift": "shift"}
 """What a report calls the layer of each kind of use."""
 PASSES = {"stride", "padding", "padding_mode", "dilation", "input_dilation", "output_padding"}
 """What a description says of how a kernel passes over its input: it may differ from use to use, for no parameter or state depends on it."""
@@ -79,7 +83,7 @@ class Layout:
         for name, layer in self.model.layers.items():
             held = {role for role, parameter in self.model.roles(name).items() if names[parameter] in paths}
             if "weight" in held:
-                layers[name] = layer if len(held) == len(layer.parameters) else replace(layer, bias=None)
+                layers[name] = layer if len(held) == len(layer.parameters) else without_bias(layer)
             elif held:
                 others[f"{name}.bias"] = layer.parameters["bias"]
                 reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
@@ -90,13 +94,24 @@ class Layout:
         return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, uses)
 
 
-def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Described | str:
+def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks) -> Described | str:
     """The layer of the core that a use of a weight is, or why there is none. The only place that knows which there are."""
     if isinstance(use, Dense):
         return Linear(use.ins, use.outs, bias, sharing, use.layout, use.stack)
     if isinstance(use, Convolution):
         return _convolution(use, bias, sharing)
-    return f"{use.kind}: captured, but no curvature block for it yet"
+    if isinstance(use, Gather):
+        if 0 in (use.rows, use.outs):
+            return "table that is empty"
+        return Embedding(use.rows, use.outs, use.rows if use.mode == Mode.FILL_OR_DROP else None, stack=use.stack)
+    features = use.features if len(use.features) > 1 else use.features[0]
+    full = norm == "full" and max(use.features) == use.outs
+    return Norm(features, bias is not None, "full" if full else "diagonal", stack=use.stack)
+
+
+def without_bias(layer: Described) -> Described:
+    """A layer with a bias (or shift) as one without."""
+    return replace(layer, bias=False if isinstance(layer, Norm) else None)
 
 
 def _convolution(use: Convolution, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Conv | str:
@@ -129,7 +144,7 @@ def alike(one: object, other: object) -> bool:
 
 
 def layout(
-    params: Any, found: Findings, *, bias: Literal["joint", "separate"], sharing: Sharing | Mapping[str, Sharing], prefix: str | None
+    params: Any, found: Findings, *, bias: Literal["joint", "separate"], sharing: Sharing | Mapping[str, Sharing], norm: Blocks, prefix: str | None
 ) -> Layout:
     """Give every parameter its layer, or the reason why it has none."""
     arrays = leaves_of(params)
@@ -148,13 +163,17 @@ def layout(
             refused[leaf] = f"weight of a {first.kind}, but also used in {', '.join(found.uses[leaf])}"
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
-        name = first.site.name or _layer_name(short, leaf)
+        if owners[leaf]:
+            refused[leaf] = f"{first.kind} that is also the bias of another layer"
+            refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
+            continue
+        name = first.site.name or _layer_name(short, leaf, first.kind)
         if name in sites:
             name = short[leaf]
         owned = _own_bias(found, owners, uses_here, uses)
         sites[name] = tuple(uses_here if owned is not None else (replace(u, site=replace(u.site, bias=None)) for u in uses_here))
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
-        layers_here = _layers(uses_here, None if owned is None else bias, how)
+        layers_here = _layers(uses_here, None if owned is None else bias, how, norm)
         if isinstance(layers_here, str):
             refused[leaf] = layers_here
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
@@ -204,31 +223,53 @@ def _names(paths: Sequence[str], prefix: str | None) -> list[str]:
     return [p.removeprefix(f"{prefix}.") if prefix else p for p in paths]
 
 
-def _layer_name(short: Sequence[str], leaf: int) -> str:
+def _layer_name(short: Sequence[str], leaf: int, kind: str) -> str:
     """The path of the weight without a last key that only says so, as long as nothing else is called that."""
     head, _, last = short[leaf].rpartition(".")
-    twins = [p for p in short if p.rpartition(".")[0] == head and p.rpartition(".")[2] in WEIGHTS]
-    return head if head and last in WEIGHTS and len(twins) == 1 else short[leaf]
+    names = WEIGHTS | OWN_WEIGHTS.get(kind, set())
+    twins = [p for p in short if p.rpartition(".")[0] == head and p.rpartition(".")[2] in names]
+    return head if head and last in names and len(twins) == 1 else short[leaf]
 
 
 def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Geometry]], Counter[int]]:
     """Uses of every weight, those named by hand alone where there are any; and how many of them add every bias."""
     uses: dict[int, list[Geometry]] = {}
-    for use in found.sites.values():
+    for use in _parted(found):
         uses.setdefault(use.site.leaf, []).append(use)
     for leaf, all_uses in uses.items():
         uses[leaf] = [use for use in all_uses if use.site.name] or all_uses
     return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
-def _layers(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing) -> tuple[Described, ...] | str:
+def _parted(found: Findings) -> list[Geometry]:
+    """All sites; scale and shift apart where they are not one layer at every use of each."""
+    roles: dict[int, set[tuple[int | None, View]]] = {}
+    for use in found.sites.values():
+        site = use.site
+        roles.setdefault(site.leaf, set()).add((site.bias, site.bias_view))
+        if site.bias is not None:
+            roles.setdefault(site.bias, set()).add((site.leaf, site.bias_view))
+    parts: list[Geometry] = []
+    for use in found.sites.values():
+        if not isinstance(use, Affine) or use.shift is None:
+            parts.append(use)
+            continue
+        both = (use.site.leaf, use.shift.site.leaf)
+        if all(len(roles[leaf]) == 1 and leaf not in found.uses for leaf in both):
+            parts.append(use)
+        else:
+            parts += [replace(use, site=replace(use.site, bias=None, bias_view=()), shift=None), use.shift]
+    return parts
+
+
+def _layers(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks) -> tuple[Described, ...] | str:
     """The layer that all uses of a weight are, as each of them has it, or why there is none."""
     kinds = dict.fromkeys(use.kind for use in uses)
     if len(kinds) > 1:
         return f"captured in a {' and in a '.join(kinds)}, but no curvature block covers both"
     found: list[Described] = []
     for use in uses:
-        layer = layer_of(use, bias, sharing)
+        layer = layer_of(use, bias, sharing, norm)
         if isinstance(layer, str):
             return layer
         found.append(layer)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 Shape: TypeAlias = tuple[int, ...]
@@ -78,7 +79,7 @@ def apply(view: View, x: Any) -> Any:
             unit = [1] * len(step.after)
             for old, new in enumerate(step.axes):
                 unit[new] = step.before[old]
-            x = np.broadcast_to(x.reshape(*head, *unit), (*head, *step.after))
+            x = (np if isinstance(x, np.ndarray) else jnp).broadcast_to(x.reshape(*head, *unit), (*head, *step.after))
     return x
 
 
