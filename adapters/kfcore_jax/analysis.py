@@ -176,6 +176,7 @@ class _Walk:
                 self.found.use(weights, name)
             return [BATCH] * n
         self.found.regularised.update(*map(leaves_in, weights))
+        name = "gather of the same rows for every example" if name == "gather" else name
         return [made_of(weights, name) if weights else CONSTANT] * n
 
     def _meeting(self, equation: Equation, facts: list[Fact], name: str, path: Path, scans: tuple[int, ...]) -> Fact | None:

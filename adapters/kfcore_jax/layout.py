@@ -160,11 +160,12 @@ def layout(
         first = uses_here[0]
         biases = {use.site.bias for use in uses_here if use.site.bias is not None}
         if leaf in found.uses and not first.site.name:
-            refused[leaf] = f"weight of a {first.kind}, but also used in {', '.join(found.uses[leaf])}"
+            what = first.kind if isinstance(first, Affine) else f"weight of a {first.kind}"
+            refused[leaf] = f"{what}, but also used in {', '.join(found.uses[leaf])}"
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
         if owners[leaf]:
-            refused[leaf] = f"{first.kind} that is also the bias of another layer"
+            refused[leaf] = f"{first.kind} that is used elsewhere too, as the bias of another layer"
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
         name = first.site.name or _layer_name(short, leaf, first.kind)
@@ -232,12 +233,14 @@ def _layer_name(short: Sequence[str], leaf: int, kind: str) -> str:
 
 
 def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Geometry]], Counter[int]]:
-    """Uses of every weight, those named by hand alone where there are any; and how many of them add every bias."""
+    """Uses of every weight, those named by hand alone where there are any (they own their bias); and how many of them add every bias."""
     uses: dict[int, list[Geometry]] = {}
     for use in _parted(found):
         uses.setdefault(use.site.leaf, []).append(use)
     for leaf, all_uses in uses.items():
         uses[leaf] = [use for use in all_uses if use.site.name] or all_uses
+    named = {use.site.bias for all_uses in uses.values() for use in all_uses if use.site.name}
+    uses = {leaf: all_uses for leaf, all_uses in uses.items() if leaf not in named}
     return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
