@@ -85,13 +85,14 @@ class Layout:
             if "weight" in held:
                 layers[name] = layer if len(held) == len(layer.parameters) else without_bias(layer)
             elif held:
-                others[f"{name}.bias"] = layer.parameters["bias"]
-                reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
+                parameter = self.model.roles(name)["bias"]
+                others[parameter] = layer.parameters["bias"]
+                reasons[parameter] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
         uses = {name: self.uses[name] for name in layers}
         regularised, whole = self.regularised & layers.keys(), self.whole & layers.keys()
-        return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, uses)
+        return Layout(kfcore.Model(layers, others, self.model.names), places, sites, reasons, regularised, whole, uses)
 
 
 def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks) -> Described | str:
@@ -152,6 +153,7 @@ def layout(
     short = _names(paths, prefix)
     uses, owners = _sites_by_leaf(found)
     described: dict[str, tuple[Described, ...]] = {}
+    names: dict[str, dict[str, str]] = {}
     places: dict[str, Placement] = {}
     sites: dict[str, tuple[Geometry, ...]] = {}
     reasons: dict[str, str] = {}
@@ -180,28 +182,36 @@ def layout(
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
         described[name] = layers_here
-        places[paths[leaf]] = Placement(f"{name}.weight", tuple(arrays[paths[leaf]].shape), first.weight)
+        roles = {"weight": f"{name}.weight"} | ({} if owned is None else {"bias": f"{name}.bias"})
+        if isinstance(first, Affine) and name == short[leaf]:
+            # bare vectors, whose paths say all that is known of them
+            plain = {role: short[k] for role, k in zip(roles, (leaf, owned), strict=False) if k is not None}
+            if not {p.name for p in places.values()} & set(plain.values()):
+                roles = names[name] = plain
+        places[paths[leaf]] = Placement(roles["weight"], tuple(arrays[paths[leaf]].shape), first.weight)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
-        reasons[f"{name}.weight"] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
+        reasons[roles["weight"]] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
         if owned is not None:
-            places[paths[owned]] = Placement(f"{name}.bias", tuple(arrays[paths[owned]].shape), first.site.bias_view)
-            reasons[f"{name}.bias"] = f"bias of {name}: {paths[owned]}"
+            places[paths[owned]] = Placement(roles["bias"], tuple(arrays[paths[owned]].shape), first.site.bias_view)
+            reasons[roles["bias"]] = f"bias of {name}: {paths[owned]}"
         else:
             refused |= dict.fromkeys(biases, "bias that more than one layer adds, or that is used elsewhere too")
     layers = {name: of_layer[0] for name, of_layer in described.items()}
+    taken = {place.name for place in places.values()} | layers.keys()
     others: dict[str, tuple[int, ...]] = {}
     for leaf, path in enumerate(paths):
         if path in places:
             continue
         name = short[leaf]
-        if any(name in (f"{n}.weight", f"{n}.bias", n) for n in layers):
+        if name in taken:
             name = path
         others[name] = tuple(arrays[path].shape)
         places[path] = Placement(name, others[name])
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
+    assert len({place.name for place in places.values()}) == len(places), "two parameters of one name"
     regularised = frozenset(name for name, uses_here in sites.items() if _has_own_term(found, uses_here[0].site))
     whole = frozenset(name for name in layers if name not in regularised and not any(u.site.name or u.site.ruled for u in sites[name]))
-    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, described)
+    return Layout(kfcore.Model(layers, others, names), places, sites, reasons, regularised, whole, described)
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:

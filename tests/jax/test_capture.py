@@ -81,7 +81,8 @@ def capture(loss, params, *args, rtol=1e-9, **options):
     for name, layer in model.layers.items():
         for role in layer.parameters:
             if name not in model.layout.regularised:
-                assert gap(rebuilt(model, records, name)[role], np.asarray(flat[f"{name}.{role}"], np.float64)) <= rtol, (name, role)
+                own = model.layout.model.roles(name)[role]
+                assert gap(rebuilt(model, records, name)[role], np.asarray(flat[own], np.float64)) <= rtol, (name, role)
     assert model.check_capture(params, *args, rtol=rtol).keys() == model.layout.sites.keys() - model.layout.regularised
     return model
 
