@@ -374,5 +374,3 @@ def _geometry(primitive: str, site: Site, place: int, params: Any) -> Geometry |
     if primitive == "dot_general":
         return dense(site, place, params["dimension_numbers"])
     return convolution(site, params) if primitive == "conv_general_dilated" else gather(site, params)
-
-

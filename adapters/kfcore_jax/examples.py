@@ -139,7 +139,7 @@ class _Walk:
         return Axes(tuple(held), frozenset(repeated), sources)
 
     def _compare(self, one: Axes, other: Axes) -> None:
-        """Where ``one`` is the same for all examples of ``other``, and ``other`` varies along what it has for examples, those are positions."""
+        """What ``one`` has for examples are positions if it is the same for all examples of ``other``, which varies along them."""
         for axis in one.repeated:
             examples = {source for source, _ in other.held[axis]}
             own = {s for a, h in enumerate(one.held) if a != axis and a not in other.repeated for s, _ in h}
@@ -162,7 +162,7 @@ class _Walk:
 
 
 def _slice(x: Axes, shape: Shape) -> Axes:
-    """Of the slices that a loop takes along the first axis. If that was the axis of examples (time comes first), the next one counts as it."""
+    """Of the slices that a loop takes along the first axis. If that was the axis of examples, as time may be, the next counts as it."""
     if not shape:
         return Axes((), sources=x.sources)
     first = frozenset((source, shape[0]) for source, _ in x.held[0]) | x.held[1]
@@ -212,7 +212,7 @@ def _broadcast(equation: Equation, operands: list[Axes]) -> Rule:
 
 
 def _reshape(equation: Equation, operands: list[Axes]) -> Rule:
-    """The examples of an axis that is merged with others behind it come first; where such an axis is split they are those of the first parts."""
+    """Examples stay those of the first axis of several that are merged, and of the first of several that an axis is split into."""
     if equation.params.get("dimensions") is not None:
         return None
     x, before, after = operands[0], equation.invars[0].aval.shape, equation.outvars[0].aval.shape
@@ -229,7 +229,7 @@ def _reshape(equation: Equation, operands: list[Axes]) -> Rule:
 
 
 def _regroup(x: Axes, old: Sequence[int], new: Sequence[int], before: Shape, after: Shape, held: list[Held]) -> None:
-    """Where the examples of the axes ``old`` go in ``new``, which have as many entries together and, but for empty groups, none of size 1."""
+    """Where the examples of the axes ``old`` go in ``new``, which have as many entries together, none of size 1 unless it is alone."""
     if not old or not new:
         return
     for source, count in x.held[old[0]]:

@@ -116,5 +116,3 @@ def join(one: Fact, other: Fact) -> Fact:
     if isinstance(one, Function) and isinstance(other, Function):
         return made_of([one, other])
     return BATCH
-
-

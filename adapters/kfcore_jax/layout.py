@@ -105,7 +105,7 @@ def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: 
         if 0 in (use.rows, use.outs):
             return "table that is empty"
         return Embedding(use.rows, use.outs, use.rows if use.mode == Mode.FILL_OR_DROP else None, stack=use.stack)
-    features = use.features if len(use.features) > 1 else use.features[0]
+    features = use.features[0] if len(use.features) == 1 else use.features
     full = norm == "full" and max(use.features) == use.outs
     return Norm(features, bias is not None, "full" if full else "diagonal", stack=use.stack)
 
@@ -145,7 +145,13 @@ def alike(one: object, other: object) -> bool:
 
 
 def layout(
-    params: Any, found: Findings, *, bias: Literal["joint", "separate"], sharing: Sharing | Mapping[str, Sharing], norm: Blocks, prefix: str | None
+    params: Any,
+    found: Findings,
+    *,
+    bias: Literal["joint", "separate"],
+    sharing: Sharing | Mapping[str, Sharing],
+    norm: Blocks,
+    prefix: str | None,
 ) -> Layout:
     """Give every parameter its layer, or the reason why it has none."""
     arrays = leaves_of(params)
@@ -275,7 +281,9 @@ def _parted(found: Findings) -> list[Geometry]:
     return parts
 
 
-def _layers(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks) -> tuple[Described, ...] | str:
+def _layers(
+    uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks
+) -> tuple[Described, ...] | str:
     """The layer that all uses of a weight are, as each of them has it, or why there is none."""
     kinds = dict.fromkeys(use.kind for use in uses)
     if len(kinds) > 1:

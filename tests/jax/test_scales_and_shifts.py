@@ -1,4 +1,4 @@
-"""Scales and shifts: however a program applies them, the gradient of every example is captured, and their block is its exact second moment."""
+"""Scales and shifts: however a program applies them, every example's gradient is captured, and a block is their exact second moment."""
 
 import functools
 
@@ -200,7 +200,10 @@ def pairs(x):
 TRAPS = {
     "batch_norm": (batch_norm, {"g": WHOLE, "b": "behind a scale that has no block"}),
     "linen_batch_norm": (linen_batch_norm, {"g": WHOLE, "b": "behind a scale that has no block"}),
-    "of_a_mean_over_the_batch": (lambda p, x: x + jnp.tanh(p["g"] * x.mean(0)) + jnp.tanh(x.mean((0, 1)) + p["b"]), {"g": ALONE, "b": ALONE}),
+    "of_a_mean_over_the_batch": (
+        lambda p, x: x + jnp.tanh(p["g"] * x.mean(0)) + jnp.tanh(x.mean((0, 1)) + p["b"]),
+        {"g": ALONE, "b": ALONE},
+    ),
     "of_statistics_each_position_has": (lambda p, x: x * (p["g"] / (1 + x.std(0))) + p["b"], {"g": "div"}),
     "weight_normalisation": (lambda p, x: x * p["g"] * p["b"] + x * (p["g"] * p["b"]), {"g": "mul after mul", "b": "mul after mul"}),
     "divided_and_subtracted": (lambda p, x: x / p["g"] - p["b"], {"g": "div", "b": "sub"}),
