@@ -199,8 +199,9 @@ class _Walk:
             return BATCH
         if isinstance(found, Gather):
             _, rows, _ = found.output_axes
-            found = replace(found, examples=self.examples.among(path, rows))
-            if not found.examples:
+            axes, count = self.examples.among(path, rows, site.output)
+            found = replace(found, examples=axes, count=count)
+            if not axes:
                 self.found.use([weight], f"gather {ALONE}")
                 return BATCH
         self.found.sites[path] = found
@@ -271,8 +272,8 @@ class _Walk:
         found = affine(site, self.shapes[site.leaf], kind)
         if isinstance(found, str):
             return found
-        axes = self.examples.among(site.path, found.rows)
-        return with_examples(found, axes) if axes else ALONE
+        axes, count = self.examples.among(site.path, found.rows, site.output)
+        return with_examples(found, axes, count) if axes else ALONE
 
     def _tap(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         name, weight = equation.params["name"], facts[2]

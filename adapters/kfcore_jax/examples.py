@@ -18,7 +18,8 @@ from kfcore_jax.program import CALLS, REMATS, Equation, Jaxpr, Path
 from kfcore_jax.views import Shape
 
 Held = frozenset[tuple[int, int]]
-"""Of an axis: the arrays given to the program whose first axis lies there, by number, and how many of its entries."""
+"""Of an axis: the arrays given to the program whose first axis lies there, by number, and how many examples it holds. An axis that was
+merged with others behind it has more entries than that, those of the first example first."""
 NONE: Held = frozenset()
 
 
@@ -42,11 +43,18 @@ class Examples:
     positions: set[int] = field(default_factory=set)
     """Arrays whose first axis turned out to be one of positions (or features): they are repeated for every example of another."""
 
-    def among(self, path: Path, axes: Sequence[int]) -> tuple[int, ...]:
-        """Those of ``axes`` of the output at ``path`` that hold examples: the first that does, and all it shares them with."""
+    def among(self, path: Path, axes: Sequence[int], shape: Shape) -> tuple[tuple[int, ...], int]:
+        """Those of ``axes`` of the output of this ``shape`` at ``path`` that hold examples, and how many.
+
+        They are the first that does, and those it shares them with; the last may have been merged with positions.
+        """
         held = {axis: self._live(self.outputs[path], [axis]) for axis in axes}
         first = next((found for found in held.values() if found), frozenset())
-        return tuple(axis for axis in axes if held[axis] & first)
+        found = tuple(axis for axis in axes if held[axis] & first)
+        counts = [min(n for source, n in self.outputs[path].held[axis] if source in held[axis] & first) for axis in found]
+        if not found or any(n != shape[axis] for n, axis in zip(counts[:-1], found[:-1], strict=True)):
+            return (), 0
+        return found, math.prod(counts)
 
     def meet(self, path: Path, operand: int, other: Path, axes: Sequence[int]) -> bool:
         """Whether an operand depends on the examples that ``axes`` of the output at another place hold."""
@@ -128,7 +136,7 @@ class _Walk:
         for x, own in alike:
             longer = {a for a, (n, m) in enumerate(zip(own, shape, strict=True)) if n == 1 < m}
             kept = [
-                frozenset((s, m) for s, _ in h) if name in CUTS and n != m else h if n == m else NONE
+                h if n == m else frozenset((s, m) for s, count in h if count == n and name in CUTS)
                 for h, n, m in zip(x.held, own, shape, strict=True)
             ]
             seen.append(Axes(tuple(kept), x.repeated if name in CUTS else x.repeated | longer))

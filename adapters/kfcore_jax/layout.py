@@ -294,6 +294,8 @@ def _layers(
         if isinstance(layer, str):
             return layer
         found.append(layer)
+    if any(isinstance(layer, Embedding) and layer.padding is not None for layer in found):
+        found = [replace(layer, padding=layer.num) if isinstance(layer, Embedding) else layer for layer in found]
     if not all(alike(found[0], other) for other in found) or any(use.weight != uses[0].weight for use in uses):
         return (
             f"used in {uses[0].kind}s of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"

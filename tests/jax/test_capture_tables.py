@@ -153,6 +153,12 @@ def test_a_position_added_to_a_row_is_no_bias(lib):
     assert model.layers == {"embed": Embedding(ROWS, WIDTH), "b": Norm(WIDTH, bias=False), "positions": Norm((S, WIDTH), bias=False)}
 
 
+def test_flat_tokens_are_positions_of_their_examples(lib):
+    ids, grads = one(lib, lambda p, t: scalar(p["embed"][t.reshape(-1)]), table(lib), tokens())
+    assert (np.asarray(ids) == np.asarray(tokens())).all()
+    assert grads.shape == (N, S, WIDTH)
+
+
 # ---- loops, and tables used more than once
 
 
@@ -184,9 +190,10 @@ def test_a_loop_over_tables_is_a_stack(lib):
 
 def test_a_table_used_for_two_columns_has_two_records(lib):
     def loss(p, t):
-        return scalar(jnp.tanh(p["embed"][t[:, 0]]) * p["embed"][t[:, 1]])
+        return scalar(jnp.tanh(p["embed"][t[:, 0]]) * jnp.take(p["embed"], t[:, 1], axis=0))
 
-    _, records = lib.captured(loss, table(lib), tokens())
+    model, records = lib.captured(loss, table(lib), tokens())
+    assert model.layers == {"embed": Embedding(ROWS, WIDTH, padding=ROWS)}
     assert [ids.shape for ids, _ in records.layers["embed"]] == [(N, 1), (N, 1)]
 
 

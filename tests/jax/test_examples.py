@@ -11,11 +11,16 @@ from kfcore_jax.examples import follow
 N, S, C = 6, 4, 6
 
 
-def axes(net, *shapes):
-    """Axes of examples of what a program ends with."""
+def ends(net, *shapes):
+    """Axes of examples of what a program ends with, and how many these are."""
     jaxpr = jax.make_jaxpr(lambda *args: jnp.negative(net(*args)))(*(jnp.zeros(shape) for shape in shapes or [(N, S, C)])).jaxpr
     found, path = follow(jaxpr, [True] * len(jaxpr.invars), False), (len(jaxpr.eqns) - 1,)
-    return found.among(path, range(len(jaxpr.eqns[-1].outvars[0].aval.shape)))
+    shape = jaxpr.eqns[-1].outvars[0].aval.shape
+    return found.among(path, range(len(shape)), shape)
+
+
+def axes(net, *shapes):
+    return ends(net, *shapes)[0]
 
 
 def over_time(x):
@@ -50,6 +55,8 @@ FOLLOWED = {
     "heads_merged_with_examples": (lambda x: x.reshape(N, S, 2, 3).transpose(0, 2, 1, 3).reshape(-1, S, 3), (0,)),
     "merged_behind_others": (lambda x: x.swapaxes(0, 1).reshape(-1, C), ()),
     "flat_and_back": (lambda x: x.reshape(-1, C).reshape(N, S, C), (0,)),
+    "windows": (lambda x: x.reshape(N, 2, 2, C).reshape(-1, 2, C), (0,)),
+    "half_of_flat_rows": (lambda x: x.reshape(-1, C)[: N * S // 2], ()),
     "flat_and_split": (lambda x: x.reshape(-1, C).reshape(2, 3, S, C), (0, 1)),
     "flat_in_other_parts": (lambda x: x.reshape(-1, C).reshape(S, N, C), ()),
     "in_two_parts": (lambda x: x.reshape(2, 3, S, C), (0, 1)),
@@ -86,6 +93,24 @@ def test_axes(net, expected):
     assert axes(net) == expected
 
 
+COUNTS = {
+    "each": (jnp.tanh, N),
+    "flat": (lambda x: x.reshape(-1, C), N),
+    "flat_twice": (lambda x: x.reshape(-1, C).reshape(-1), N),
+    "windows": (FOLLOWED["windows"][0], N),
+    "in_two_parts": (FOLLOWED["in_two_parts"][0], N),
+    "in_two_parts_of_flat_rows": (lambda x: x.reshape(-1, C).reshape(2, -1, C), N),
+    "micro_batches": (in_parts, 2),
+    "half_of_the_batch": (FOLLOWED["half_of_the_batch"][0], N // 2),
+    "none": (FOLLOWED["mean_over_the_batch"][0], 0),
+}
+
+
+@pytest.mark.parametrize(("net", "count"), COUNTS.values(), ids=COUNTS)
+def test_how_many(net, count):
+    assert ends(net)[1] == count
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_batch_of_one(n):
     assert axes(lambda x: x.reshape(n, S, 2, 3), (n, S, C)) == (0,)
@@ -114,7 +139,7 @@ def test_what_is_the_same_for_every_example_of_another_argument_is_none(name):
     jaxpr = jax.make_jaxpr(lambda x, y: (y * 2, net(x, y)))(jnp.zeros((N, S, C)), jnp.zeros(shape)).jaxpr
     found = follow(jaxpr, [True, True], False)
     assert found.positions == {1}
-    assert found.among((0,), range(len(shape))) == ()
+    assert found.among((0,), range(len(shape)), shape) == ((), 0)
 
 
 def test_what_a_program_closes_over_counts_as_the_batch_only_if_it_is(lib):

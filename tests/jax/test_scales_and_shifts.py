@@ -125,7 +125,12 @@ CASES = {
     ),
     "in_flat_rows": (
         ROWS,
-        by_hand(lambda p, x: jnp.tanh(x.reshape(-1, C)).reshape(x.shape) * p["g"] + p["b"], **VECTORS),
+        by_hand(lambda p, x: (hat(x.reshape(-1, C)) * p["g"]).reshape(x.shape) + p["b"], **VECTORS),
+        PAIR,
+    ),
+    "in_windows": (
+        IMAGE,
+        by_hand(lambda p, x: (hat(x.swapaxes(1, 2).reshape(-1, 2, C)) * p["g"] + p["b"]).reshape(-1, 3, 2, C), **VECTORS),
         PAIR,
     ),
 }
@@ -206,6 +211,7 @@ TRAPS = {
     ),
     "of_statistics_each_position_has": (lambda p, x: x * (p["g"] / (1 + x.std(0))) + p["b"], {"g": "div"}),
     "weight_normalisation": (lambda p, x: x * p["g"] * p["b"] + x * (p["g"] * p["b"]), {"g": "mul after mul", "b": "mul after mul"}),
+    "from_one": (lambda p, x: x * (1 - p["g"]) + p["b"], {"g": "mul after sub"}),
     "divided_and_subtracted": (lambda p, x: x / p["g"] - p["b"], {"g": "div", "b": "sub"}),
     "every_second_entry": (lambda p, x: x[..., ::2] * p["g"][::2] + p["b"][::2], {"g": "mul after", "b": "add after"}),
     "alike_in_two_entries": (lambda p, x: x * jnp.tile(p["g"][:3], 2) + jnp.tile(p["b"][:3], 2), {"g": "mul after", "b": "add after"}),
@@ -251,6 +257,20 @@ def test_positions_given_as_an_argument_are_no_examples(lib):
 
     each = jnp.zeros((S, S), int), lib.normal(3, S, S, C)
     assert kfcore_jax.trace(loss, params, lib.normal(0, S, S, C), *each).layers.keys() == {"table", "g"}
+
+
+def test_statistics_given_as_arguments_are_no_examples(lib):
+    """As many features as examples."""
+    params = {"g": lib.normal(1, C), "b": lib.normal(2, C)}
+
+    def loss(p, stats, x):
+        return jnp.mean(jnp.sin((x - stats["mean"]) * (lax.rsqrt(stats["var"]) * p["g"]) + p["b"]))
+
+    stats, x = {"mean": lib.normal(3, C), "var": lib.normal(4, C) ** 2}, lib.normal(0, C, S, C)
+    model, records = lib.captured(loss, params, stats, x)
+    assert model.layers == {"g": kf.Norm(C)}
+    hats = (x - stats["mean"]) / jnp.sqrt(stats["var"])
+    np.testing.assert_allclose(np.asarray(records.layers["g"][0][0])[..., :C], hats, rtol=1e-12)
 
 
 def test_an_error_of_one_percent_in_a_record_is_caught(lib, monkeypatch):

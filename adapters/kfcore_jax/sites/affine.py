@@ -30,7 +30,9 @@ class Affine(Single):
     """Axes of the output that go over the parameter, in its order."""
     kind: Literal["scale", "shift"]
     examples: tuple[int, ...] = ()
-    """Axes of the output that hold examples."""
+    """Axes of the output that hold examples, before positions where they are merged with some."""
+    count: int = 0
+    """Number of examples."""
     shift: Affine | None = None
     """What is added to the output of a scale, if that belongs to it."""
     before: Site | None = None
@@ -42,11 +44,6 @@ class Affine(Single):
     def outs(self) -> int:
         """Number of features."""
         return math.prod(self.features)
-
-    @property
-    def count(self) -> int:
-        """Number of examples."""
-        return math.prod(self.site.output[axis] for axis in self.examples)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -98,7 +95,8 @@ class Affine(Single):
     def _rows(self, x: Any) -> Any:
         """``x``, shaped as the output, as ``[*stack, N, S, features]``."""
         site = self.site
-        return merged(x, site.stacked, [site.behind(self.examples), [*site.shared, *site.behind(self.rows)], site.behind(self.entries)])
+        x = merged(x, site.stacked, [site.behind(self.examples), [*site.shared, *site.behind(self.rows)], site.behind(self.entries)])
+        return x.reshape(*x.shape[:-3], self.count, -1, x.shape[-1])
 
 
 def affine(site: Site, shape: Shape, kind: Literal["scale", "shift"]) -> Affine | str:
@@ -123,6 +121,6 @@ def affine(site: Site, shape: Shape, kind: Literal["scale", "shift"]) -> Affine 
     return Affine(site, site.lengths, features, (*lead, Reshape((), (1,))) if not own else lead, rows, entries, kind)
 
 
-def with_examples(found: Affine, axes: tuple[int, ...]) -> Affine:
-    """The same geometry where ``axes``, some of its rows, hold the examples."""
-    return replace(found, examples=axes, rows=tuple(a for a in found.rows if a not in axes))
+def with_examples(found: Affine, axes: tuple[int, ...], count: int) -> Affine:
+    """The same geometry where ``axes``, some of its rows, hold ``count`` examples."""
+    return replace(found, examples=axes, count=count, rows=tuple(a for a in found.rows if a not in axes))

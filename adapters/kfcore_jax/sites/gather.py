@@ -33,7 +33,9 @@ class Gather(Single):
     mode: Mode
     """What becomes of numbers that are no row of the table."""
     examples: tuple[int, ...] = ()
-    """Axes of the output that hold examples."""
+    """Axes of the output that hold examples, before positions where they are merged with some."""
+    count: int = 0
+    """Number of examples."""
 
     kind = "gather"
 
@@ -48,6 +50,7 @@ class Gather(Single):
         x = inputs[site.path][..., self.numbers.start_index_map.index(0)]
         ids = merged(x, site.stacked, [own[:n], [*site.shared, *own[n:]]])
         dy = merged(pulled[site.path], site.stacked, [rows[:n], [*site.shared, *rows[n:]], site.behind(features)])
+        ids, dy = ids.reshape(*ids.shape[:-2], self.count, -1), dy.reshape(*dy.shape[:-3], self.count, -1, dy.shape[-1])
         if jnp.iinfo(ids.dtype).max < self.rows:
             ids = ids.astype(jnp.int32)
         if self.mode == Mode.CLIP:
