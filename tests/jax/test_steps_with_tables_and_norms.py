@@ -144,13 +144,14 @@ def test_named_arrays_come_back():
 
 
 def ggn(p, t, name):
-    """The block of some parameters, from the Jacobian of the logits and the Hessian of the mean cross entropy."""
-    out = jax.nn.softmax(predict(p, t))
-    hessians = out[..., :, None] * jnp.eye(V) - out[..., :, None] * out[..., None, :]
+    """The block of some parameters: second moment of the vectors pulled back, of each example at all its positions at once."""
+    out = predict(p, t)
+    vectors = jnp.stack(list(kf.fisher_vectors("exact", kf.CrossEntropy(), out, None)))
     tree = jax.jacobian(lambda part: predict(p | {name: part}, t))(p[name])
     leaves = [tree["scale"], tree["bias"]] if name == "norm" else [jnp.swapaxes(tree, -1, -2)]
     j = jnp.concatenate([leaf.reshape(*out.shape, -1) for leaf in leaves], -1)
-    return jnp.einsum("nsai,nsab,nsbj->ij", j, hessians, j) / t.size
+    rows = jnp.einsum("nsai,cnsa->cni", j, vectors)
+    return jnp.einsum("cni,cnj->ij", rows, rows) / t.size
 
 
 def curvature(model, t, fisher="exact"):
@@ -168,7 +169,7 @@ def curvature(model, t, fisher="exact"):
 
 @pytest.mark.parametrize("norm", ["full", "diagonal"])
 def test_a_norm_has_the_exact_matrix_and_its_diagonal(norm):
-    t = batch(0)[0].reshape(-1, 1)
+    t = batch(0)[0]
     exact = np.asarray(jax.jit(ggn, static_argnums=2)(initial(), t, "norm"))
     exact = exact if norm == "full" else np.diag(np.diag(exact))
     found = curvature(trace(norm=norm), t)["norm"]
@@ -183,6 +184,18 @@ def test_a_table_has_the_exact_matrix_for_one_token():
 
 
 # ---- what the statistics are made of
+
+
+def test_a_scale_of_the_logits_does_not_tell_the_number_of_terms():
+    params, data = initial() | {"temperature": jnp.asarray(2.0)}, batch(0)
+
+    def scaled(p, t, y):
+        logits = predict(p, t) * p["temperature"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    model = kfcore_jax.trace(scaled, params, *data)
+    assert model.layers == LAYERS | {"temperature": kf.Norm(1, bias=False)}
+    assert jax.eval_shape(model.value_grad_and_records, params, *data)[2].terms == N * S
 
 
 def test_unequal_micro_batches_are_the_whole_batch():
