@@ -1,66 +1,45 @@
 """Finding the layers: one walk over a program, without running it, that follows every parameter to where it is used.
 
 Each variable of the program gets a *fact*: it is a view of a parameter, a view of the output of a site, a function of parameters
-alone, something that depends on the batch, or a constant. Where a view of one parameter meets the batch in a product, a convolution or as a
-table whose rows are taken, there is a site; where a parameter meets the batch in any other way, that use is written down, and the parameter
-falls back.
+alone, something that depends on the batch, or a constant. Where a view of one parameter meets the batch in a product, a convolution, as a
+table whose rows are taken, or entry by entry, there is a site; where a parameter meets the batch in any other way, that use is written
+down, and the parameter falls back.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from kfcore_jax import program
+from kfcore_jax.examples import Examples, follow
+from kfcore_jax.facts import (
+    BATCH,
+    CONSTANT,
+    Fact,
+    Function,
+    Multiple,
+    Output,
+    Parameter,
+    Scaled,
+    join,
+    leaves_in,
+    made_of,
+    of_batch,
+    slice_of,
+    unseen,
+)
 from kfcore_jax.program import CALLS, REMATS, SUMS, Equation, Jaxpr, Path
-from kfcore_jax.sites import Convolution, Dense, Geometry, Site, convolution, dense, gather
+from kfcore_jax.sites import Affine, Convolution, Dense, Gather, Geometry, Site, affine, convolution, dense, gather, with_examples
+from kfcore_jax.sites.bias import bias_view
 from kfcore_jax.tap import TAP
-from kfcore_jax.views import MOVES, Each, Reshape, View, apply, exact, step_of
+from kfcore_jax.views import Broadcast, Shape, View, exact, step_of
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """A view of one parameter."""
-
-    leaf: int
-    view: View = ()
-
-
-@dataclass(frozen=True)
-class Output:
-    """A view of the output of a product or convolution, used nowhere else so far."""
-
-    site: Path
-    view: View = ()
-
-
-@dataclass(frozen=True)
-class Function:
-    """Computed from parameters (and constants) alone: a regulariser, or a weight that is derived from others."""
-
-    leaves: frozenset[int]
-    made: tuple[str, ...] = ()
-    """The primitives it is made by, each once, without those that only move entries."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Depends on the batch."""
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Depends on neither."""
-
-
-Fact: TypeAlias = Parameter | Output | Function | Batch | Constant
-BATCH, CONSTANT = Batch(), Constant()
+ALONE = "without an axis of examples"
 
 
 @dataclass
@@ -81,7 +60,7 @@ class Findings:
         for fact in facts:
             made = fact.made if isinstance(fact, Function) else ()
             told = f"{how} after {', '.join(made)}" if made else how
-            for leaf in sorted(_leaves(fact)):
+            for leaf in sorted(leaves_in(fact)):
                 uses = self.uses.setdefault(leaf, [])
                 if told not in uses:
                     uses.append(told)
@@ -101,8 +80,9 @@ def analyse(jaxpr: Jaxpr, leaves: Sequence[Any], others: int) -> Findings:
         shapes += [tuple(leaf.shape)] * trained
 
     def walk(closed: Fact) -> tuple[Findings, Fact]:
-        findings = Findings()
-        outs = _Walk(findings, shapes, closed)(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
+        findings, given = Findings(), [*(False for _ in leaves), *(True for _ in range(others))]
+        examples = follow(jaxpr, given, closed == BATCH)
+        outs = _Walk(findings, examples, shapes, closed)(jaxpr, [closed] * len(jaxpr.constvars), [*facts, *(BATCH,) * others], (), ())
         return findings, outs[0]
 
     findings, value = walk(CONSTANT if others else BATCH)
@@ -124,8 +104,8 @@ class _Walk:
     ``closed`` is the fact about what programs close over; under ``ruled`` derivatives are not those of what is computed.
     """
 
-    def __init__(self, findings: Findings, shapes: list[tuple[int, ...]], closed: Fact, ruled: bool = False) -> None:
-        self.found, self.shapes, self.closed, self.ruled = findings, shapes, closed, ruled
+    def __init__(self, findings: Findings, examples: Examples, shapes: list[Shape], closed: Fact, ruled: bool = False) -> None:
+        self.found, self.examples, self.shapes, self.closed, self.ruled = findings, examples, shapes, closed, ruled
 
     def __call__(self, jaxpr: Jaxpr, consts: Sequence[Fact], inputs: Sequence[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         facts: dict[Any, Fact] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
@@ -133,8 +113,10 @@ class _Walk:
 
         def fact(variable: Any) -> Fact:
             found = CONSTANT if program.is_literal(variable) else facts[variable]
+            if program.is_literal(variable) or reads[variable] < 2:
+                return found
             # an output that goes two ways does not tell the gradient of a bias that is added on one of them
-            return BATCH if isinstance(found, Output) and reads[variable] > 1 else found
+            return BATCH if isinstance(found, Output | Multiple) else self._settled(found)
 
         for index, equation in enumerate(jaxpr.eqns):
             outs = self._equation(equation, [fact(v) for v in equation.invars], (*path, index), scans)
@@ -146,46 +128,60 @@ class _Walk:
         ruled = name == "custom_jvp_call" and any(isinstance(f, Parameter) for f in facts)
         if name in CALLS or name in REMATS or ruled:
             jaxpr, consts = program.inside(equation)
-            walk = _Walk(self.found, self.shapes, self.closed, self.ruled or ruled)
+            walk = _Walk(self.found, self.examples, self.shapes, self.closed, self.ruled or ruled)
             return walk(jaxpr, [self.closed] * len(consts), facts, path, scans)
         if name == "scan":
             return self._scan(equation, facts, path, scans)
-        self.found.touched.update(*map(_leaves, facts))
+        self.found.touched.update(*map(leaves_in, facts))
+        if name == "mul" and (product := self._product(equation, facts, path, scans)):
+            return [product]
+        if (view := self._view(equation, facts, name)) is not None:
+            return [view]
+        facts = [self._settled(f) for f in facts]
         if name == TAP:
             return self._tap(equation, facts, path, scans)
         if name in PLACES and (found := self._meeting(equation, facts, name, path, scans)):
             return [found]
-        if name in SUMS and self._bias(equation, facts):
+        if name in SUMS and (self._bias(equation, facts) or self._shift(equation, facts, path, scans)):
             return [BATCH]
-        steps = self._view(equation, facts, name)
-        if steps is not None:
-            return [steps]
+        if name in {*SUMS, "sub"} and (moved := _moved(equation, facts, name)):
+            return [moved]
         return self._generic(equation, facts, name)
 
     def _view(self, equation: Equation, facts: list[Fact], name: str) -> Fact | None:
-        if not facts or not isinstance(facts[0], Parameter | Output) or len(equation.outvars) != 1:
+        if not facts or not isinstance(facts[0], Parameter | Output | Scaled | Multiple) or len(equation.outvars) != 1:
             return None
         if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
             return None
         before, after = (tuple(v.aval.shape) for v in (equation.invars[0], equation.outvars[0]))
         steps = step_of(name, equation.params, before, after)
-        return None if steps is None else replace(facts[0], view=facts[0].view + steps)
+        return None if steps is None else _seen(facts[0], steps)
+
+    def _settled(self, fact: Fact) -> Fact:
+        """A fact that meets something else than what would make a layer of it."""
+        if not isinstance(fact, Scaled):
+            return fact
+        if fact.batch:
+            self.found.use([fact.weight], f"mul {ALONE}")
+            return BATCH
+        return made_of([fact.weight], "mul")
 
     def _generic(self, equation: Equation, facts: list[Fact], name: str) -> list[Fact]:
-        weights = [f for f in facts if _leaves(f)]
+        weights = [f for f in facts if leaves_in(f)]
         n = len(equation.outvars)
-        if any(_of_batch(f) for f in facts):
+        if any(of_batch(f) for f in facts):
             # a number added to the loss is a regulariser: it has its gradient, and no part in the curvature of the network
             regulariser = name in {*SUMS, "sub"} and equation.outvars[0].aval.shape == () and all(isinstance(f, Function) for f in weights)
             if not regulariser:
                 self.found.use(weights, name)
             return [BATCH] * n
-        self.found.regularised.update(*map(_leaves, weights))
-        return [_made(weights, name) if weights else CONSTANT] * n
+        self.found.regularised.update(*map(leaves_in, weights))
+        name = "gather of the same rows for every example" if name == "gather" else name
+        return [made_of(weights, name) if weights else CONSTANT] * n
 
     def _meeting(self, equation: Equation, facts: list[Fact], name: str, path: Path, scans: tuple[int, ...]) -> Fact | None:
         """The fact about what a parameter and the batch make of each other, if the parameter is the weight and an exact view."""
-        weights = [k for k in PLACES[name] if isinstance(facts[k], Parameter) and _of_batch(facts[1 - k])]
+        weights = [k for k in PLACES[name] if isinstance(facts[k], Parameter) and of_batch(facts[1 - k])]
         if not weights:
             return None
         (place,) = weights
@@ -201,9 +197,83 @@ class _Walk:
         if isinstance(found, str):
             self.found.use([weight], found)
             return BATCH
+        if isinstance(found, Gather):
+            _, rows, _ = found.output_axes
+            axes, count = self.examples.among(path, rows, site.output)
+            found = replace(found, examples=axes, count=count)
+            if not axes:
+                self.found.use([weight], f"gather {ALONE}")
+                return BATCH
         self.found.sites[path] = found
         # what is added to rows of a table is no bias
         return Output(path) if isinstance(found, Dense | Convolution) else BATCH
+
+    def _product(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> Fact | None:
+        """The fact about a product entry by entry, if a parameter (or what one made) is one factor and none is in the other."""
+        if self.ruled or not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in [*equation.invars, *equation.outvars]):
+            return None
+        for place, (fact, other) in enumerate((facts, facts[::-1])):
+            if not (of_batch(other) or other == CONSTANT):
+                continue
+            if isinstance(fact, Multiple) and not isinstance(other, Multiple):
+                return fact
+            if isinstance(fact, Parameter):
+                return self._scale(equation, fact, other, place, path, scans)
+            if isinstance(fact, Scaled) and of_batch(other):
+                return self._scale_later(equation, _seen(fact, _wider(equation, place)), place, path, scans)
+        return None
+
+    def _scale(self, equation: Equation, fact: Parameter, other: Fact, place: int, path: Path, scans: tuple[int, ...]) -> Fact:
+        """What a parameter and something else make of each other entry by entry: a scale, if that has an axis of examples."""
+        weight = _seen(fact, _wider(equation, place))
+        site = _site(equation, weight, path, scans, place=place, source=1 - place)
+        found = self._affine(site, "scale") if of_batch(other) else ALONE
+        if isinstance(found, Affine):
+            self.found.sites[path] = found
+            return Multiple(path)
+        if found == ALONE:
+            return Scaled(weight, site, _wider(equation, 1 - place), of_batch(other))
+        self.found.use([fact], f"mul {found}")
+        return Multiple(None)
+
+    def _scale_later(self, equation: Equation, fact: Scaled, place: int, path: Path, scans: tuple[int, ...]) -> Fact:
+        """A scale whose product with something else is what the batch is multiplied with: both factors are what it scales."""
+        first, site = fact.first, _site(equation, fact.weight, path, scans, place=place, source=1 - place)
+        found = self._affine(site, "scale")
+        if isinstance(found, Affine) and first.source is not None and self.examples.meet(first.path, first.source, path, found.examples):
+            found = "with statistics of the whole batch"
+        if isinstance(found, str):
+            self.found.use([fact.weight], f"mul {found}")
+            return Multiple(None)
+        self.found.sites[path] = replace(found, before=first, way=fact.way)
+        return Multiple(path)
+
+    def _shift(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> bool:
+        """Whether this sum adds a parameter to what depends on the batch; it then is a shift, or has a reason why it is none."""
+        for place, (fact, other) in enumerate((facts, facts[::-1])):
+            if not isinstance(fact, Parameter) or not of_batch(other):
+                continue
+            site = replace(_site(equation, _seen(fact, _wider(equation, place)), path, scans, place=place, source=1 - place), source=None)
+            found = "behind a scale that has no block" if other == Multiple(None) else self._affine(site, "shift")
+            if isinstance(found, str):
+                self.found.use([fact], f"add {found}")
+                return True
+            scale = self.found.sites[other.site] if isinstance(other, Multiple) and other.site is not None else None
+            if isinstance(scale, Affine) and scale.takes(found):
+                pair = replace(scale.site, bias=fact.leaf, bias_view=found.weight)
+                self.found.sites[scale.site.path] = replace(scale, site=pair, shift=found)
+            else:
+                self.found.sites[path] = found
+            return True
+        return False
+
+    def _affine(self, site: Site, kind: Literal["scale", "shift"]) -> Affine | str:
+        """Geometry of a scale or a shift whose output has an axis of examples, or why it is none."""
+        found = affine(site, self.shapes[site.leaf], kind)
+        if isinstance(found, str):
+            return found
+        axes, count = self.examples.among(site.path, found.rows, site.output)
+        return with_examples(found, axes, count) if axes else ALONE
 
     def _tap(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         name, weight = equation.params["name"], facts[2]
@@ -222,13 +292,14 @@ class _Walk:
 
     def _bias(self, equation: Equation, facts: list[Fact]) -> bool:
         """Whether this sum adds a parameter to the output of a site as a bias; the site then owns it."""
-        if self.ruled and any(isinstance(f, Parameter) for f in facts) and any(_of_batch(f) for f in facts):
+        if self.ruled and any(isinstance(f, Parameter) for f in facts) and any(of_batch(f) for f in facts):
             self.found.use(facts, "custom_jvp_call")
             return True
         for output, bias in (facts, facts[::-1]):
             if isinstance(output, Output) and isinstance(bias, Parameter) and self.found.sites[output.site].site.bias is None:
                 use = self.found.sites[output.site]
-                view = _bias_view(use, output.view, bias, self.shapes[bias.leaf], tuple(equation.outvars[0].aval.shape))
+                assert isinstance(use, Dense | Convolution)
+                view = bias_view(use, output.view, bias.view, self.shapes[bias.leaf], tuple(equation.outvars[0].aval.shape))
                 if view is not None:
                     self.found.sites[output.site] = replace(use, site=replace(use.site, bias=bias.leaf, bias_view=view))
                     return True
@@ -236,24 +307,46 @@ class _Walk:
 
     def _scan(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> list[Fact]:
         jaxpr, sub = program.inside(equation)
+        facts = [self._settled(f) for f in facts]
         first, carried, length = (equation.params[key] for key in ("num_consts", "num_carry", "length"))
-        constants = [BATCH if isinstance(f, Output) else f for f in facts[:first]]
-        carry = [_unseen(f) for f in facts[first : first + carried]]
-        slices = [_slice(f, len(scans)) for f in facts[first + carried :]]
+        constants = [BATCH if of_batch(f) else f for f in facts[:first]]
+        carry = [unseen(f) for f in facts[first : first + carried]]
+        slices = [slice_of(f, len(scans)) for f in facts[first + carried :]]
         inner = (*scans, length)
         while True:
             # what comes round is known once it stays the same; only then are the findings written down
-            trial = _Walk(Findings(dict(self.found.sites)), self.shapes, self.closed, self.ruled)
+            trial = _Walk(Findings(dict(self.found.sites)), self.examples, self.shapes, self.closed, self.ruled)
             outs = trial(jaxpr, [self.closed] * len(sub), [*constants, *carry, *slices], path, inner)
-            grown = [_join(old, _unseen(new)) for old, new in zip(carry, outs[:carried], strict=True)]
+            grown = [join(old, unseen(trial._settled(new))) for old, new in zip(carry, outs[:carried], strict=True)]
             if grown == carry:
                 break
             carry = grown
         for entered, left, seen in zip(facts[first:], outs[:carried], carry, strict=False):
             if seen == BATCH:
-                self.found.use([entered, left], "scan carry")
+                self.found.use([entered, self._settled(left)], "scan carry")
         outs = self(jaxpr, [self.closed] * len(sub), [*constants, *carry, *slices], path, inner)
-        return [*carry, *map(_unseen, outs[carried:])]
+        return [*carry, *(unseen(self._settled(out)) for out in outs[carried:])]
+
+
+def _seen(fact: Any, steps: View) -> Any:
+    """What is known of a view of what ``fact`` is about."""
+    if isinstance(fact, Scaled):
+        return replace(fact, weight=_seen(fact.weight, steps), way=(*fact.way, *steps))
+    return fact if isinstance(fact, Multiple) else replace(fact, view=(*fact.view, *steps))
+
+
+def _wider(equation: Equation, place: int) -> View:
+    """From an operand of a primitive that works entry by entry to the shape of the output, if it is repeated to that."""
+    before, after = (tuple(v.aval.shape) for v in (equation.invars[place], equation.outvars[0]))
+    return () if before == after else (Broadcast(before, tuple(range(len(before))), after),)
+
+
+def _moved(equation: Equation, facts: Sequence[Fact], name: str) -> Fact | None:
+    """A parameter plus a constant: its gradients are those of the parameter itself."""
+    for place, (fact, other) in enumerate((facts, facts[::-1])):
+        if isinstance(fact, Parameter) and other == CONSTANT and (place == 0 or name in SUMS):
+            return _seen(fact, _wider(equation, place))
+    return None
 
 
 def _site(equation: Equation, weight: Parameter, path: Path, scans: tuple[int, ...], *, place: int, source: int) -> Site:
@@ -282,78 +375,3 @@ def _geometry(primitive: str, site: Site, place: int, params: Any) -> Geometry |
     if primitive == "dot_general":
         return dense(site, place, params["dimension_numbers"])
     return convolution(site, params) if primitive == "conv_general_dilated" else gather(site, params)
-
-
-def _leaves(fact: Fact) -> frozenset[int]:
-    if isinstance(fact, Parameter):
-        return frozenset((fact.leaf,))
-    return fact.leaves if isinstance(fact, Function) else frozenset()
-
-
-def _made(facts: Sequence[Fact], *by: str) -> Function:
-    """What primitives make of facts about parameters."""
-    before = [name for fact in facts if isinstance(fact, Function) for name in fact.made]
-    return Function(frozenset().union(*map(_leaves, facts)), tuple(dict.fromkeys([*before, *(name for name in by if name not in MOVES)])))
-
-
-def _of_batch(fact: Fact) -> bool:
-    return isinstance(fact, Batch | Output)
-
-
-def _unseen(fact: Fact) -> Fact:
-    """A fact that crosses the border of a loop by its carry or its stacked results: no longer a view."""
-    if isinstance(fact, Parameter):
-        return Function(_leaves(fact))
-    return BATCH if isinstance(fact, Output) else fact
-
-
-def _slice(fact: Fact, depth: int) -> Fact:
-    """A fact of the slices that a loop takes of an array."""
-    if isinstance(fact, Parameter):
-        # a view that repeats entries along the axis of the loop would give every round the same weight
-        return replace(fact, view=(*fact.view, Each(depth))) if exact(fact.view) else Function(_leaves(fact))
-    return BATCH if isinstance(fact, Output) else fact
-
-
-def _join(one: Fact, other: Fact) -> Fact:
-    """What holds of a variable that is one or the other. Parameters stay on record by being mixed with the batch."""
-    if one == other or isinstance(other, Constant):
-        return one
-    if isinstance(one, Constant):
-        return other
-    if isinstance(one, Function) and isinstance(other, Function):
-        return _made([one, other])
-    return BATCH
-
-
-def _bias_view(use: Geometry, output_view: View, bias: Parameter, shape: tuple[int, ...], sum_shape: tuple[int, ...]) -> View | None:
-    """The way from a parameter to ``[*stack, out]``, if it is added to every row of the output alike and to each feature once.
-
-    Both sides of the sum are labelled with integers: the output by feature, with stride zero along its rows, the parameter by entry.
-    """
-    site = use.site
-    last = max((i for i, step in enumerate(bias.view) if isinstance(step, Each)), default=-1) + 1
-    before, after = bias.view[:last], bias.view[last:]
-    if tuple(step.depth for step in before if isinstance(step, Each)) != site.stacked:
-        return None
-    slice_shape = apply(before, np.broadcast_to(np.int8(0), shape)).shape[len(site.stacked) :]
-    batch, rows, outs = use.output_axes
-    own = tuple(site.output[a] for a in (*batch, *outs))
-    size = math.prod(own)
-    if math.prod(slice_shape) != size:
-        return None
-    features = np.arange(size).reshape(own).reshape([1 if a in rows else n for a, n in enumerate(site.output)])
-    seen = apply(output_view, np.broadcast_to(features, site.output))
-    added = apply(after, np.arange(size).reshape(slice_shape))
-    if seen.shape != sum_shape or added.ndim != len(sum_shape):
-        return None
-    repeated = [n == 1 or stride == 0 for n, stride in zip(seen.shape, seen.strides, strict=True)]
-    once = [n == 1 or stride == 0 for n, stride in zip(added.shape, added.strides, strict=True)]
-    if any(r and not o for r, o in zip(repeated, once, strict=True)):
-        return None
-    pick = tuple(0 if r else slice(None) for r in repeated)
-    seen, added = seen[pick], np.broadcast_to(added, sum_shape)[pick]
-    if seen.size != size or not np.array_equal(seen, added):
-        return None
-    final = (*use.stack[len(site.stacked) :], use.outs)
-    return before if slice_shape == final else (*before, Reshape(slice_shape, final))

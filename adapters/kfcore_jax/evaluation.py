@@ -31,7 +31,9 @@ def evaluate(
         if here in sites:
             (out,) = program.run(jaxpr, equation, operands)
             outs = [out + taps[here]]
-            inputs[here] = lax.stop_gradient(operands[sites[here].source])
+            source = sites[here].source
+            if source is not None:
+                inputs[here] = lax.stop_gradient(operands[source])
         elif within := {p: taps[p] for p in sites if p[: len(here)] == here}:
             outs, seen = _nested(jaxpr, equation, operands, sites, within, here)
             inputs |= seen

@@ -10,17 +10,21 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 import kfcore
-from kfcore import Conv, Linear
+from kfcore import Conv, Embedding, Linear, Norm
 from kfcore_jax.analysis import Findings, is_trained
-from kfcore_jax.sites import Convolution, Dense, Geometry, Site
+from kfcore_jax.sites import Affine, Convolution, Dense, Gather, Geometry, Site
+from kfcore_jax.sites.gather import Mode
 from kfcore_jax.views import View, apply, undo
 
 Sharing = Literal["expand", "reduce"]
-Described: TypeAlias = Linear | Conv
+Blocks = Literal["diagonal", "full"]
+Described: TypeAlias = Linear | Conv | Embedding | Norm
 """A layer of the core that a use of a weight may be."""
 WEIGHTS = {"kernel", "weight", "w", "W"}
 """Last keys that say "the weight" and are left out of the name of a layer."""
-LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding"}
+OWN_WEIGHTS = {"gather": {"embedding", "embeddings"}, "scale": {"scale", "gamma"}}
+"""Those that do so in layers of one kind."""
+LABELS = {"product": "dense", "convolution": "convolution", "gather": "embedding", "scale": "scale", "shift": "shift"}
 """What a report calls the layer of each kind of use."""
 PASSES = {"stride", "padding", "padding_mode", "dilation", "input_dilation", "output_padding"}
 """What a description says of how a kernel passes over its input: it may differ from use to use, for no parameter or state depends on it."""
@@ -79,24 +83,36 @@ class Layout:
         for name, layer in self.model.layers.items():
             held = {role for role, parameter in self.model.roles(name).items() if names[parameter] in paths}
             if "weight" in held:
-                layers[name] = layer if len(held) == len(layer.parameters) else replace(layer, bias=None)
+                layers[name] = layer if len(held) == len(layer.parameters) else without_bias(layer)
             elif held:
-                others[f"{name}.bias"] = layer.parameters["bias"]
-                reasons[f"{name}.bias"] = "bias of a layer whose weight is not trained here"
+                parameter = self.model.roles(name)["bias"]
+                others[parameter] = layer.parameters["bias"]
+                reasons[parameter] = "bias of a layer whose weight is not trained here"
         places = {path: place for path, place in self.places.items() if path in paths}
         sites = {name: self.sites[name] for name in layers}
         uses = {name: self.uses[name] for name in layers}
         regularised, whole = self.regularised & layers.keys(), self.whole & layers.keys()
-        return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, uses)
+        return Layout(kfcore.Model(layers, others, self.model.names), places, sites, reasons, regularised, whole, uses)
 
 
-def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Described | str:
+def layer_of(use: Geometry, bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks) -> Described | str:
     """The layer of the core that a use of a weight is, or why there is none. The only place that knows which there are."""
     if isinstance(use, Dense):
         return Linear(use.ins, use.outs, bias, sharing, use.layout, use.stack)
     if isinstance(use, Convolution):
         return _convolution(use, bias, sharing)
-    return f"{use.kind}: captured, but no curvature block for it yet"
+    if isinstance(use, Gather):
+        if 0 in (use.rows, use.outs):
+            return "table that is empty"
+        return Embedding(use.rows, use.outs, use.rows if use.mode == Mode.FILL_OR_DROP else None, stack=use.stack)
+    features = use.features[0] if len(use.features) == 1 else use.features
+    full = norm == "full" and max(use.features) == use.outs
+    return Norm(features, bias is not None, "full" if full else "diagonal", stack=use.stack)
+
+
+def without_bias(layer: Described) -> Described:
+    """A layer with a bias (or shift) as one without."""
+    return replace(layer, bias=False if isinstance(layer, Norm) else None)
 
 
 def _convolution(use: Convolution, bias: Literal["joint", "separate"] | None, sharing: Sharing) -> Conv | str:
@@ -129,7 +145,13 @@ def alike(one: object, other: object) -> bool:
 
 
 def layout(
-    params: Any, found: Findings, *, bias: Literal["joint", "separate"], sharing: Sharing | Mapping[str, Sharing], prefix: str | None
+    params: Any,
+    found: Findings,
+    *,
+    bias: Literal["joint", "separate"],
+    sharing: Sharing | Mapping[str, Sharing],
+    norm: Blocks,
+    prefix: str | None,
 ) -> Layout:
     """Give every parameter its layer, or the reason why it has none."""
     arrays = leaves_of(params)
@@ -137,6 +159,7 @@ def layout(
     short = _names(paths, prefix)
     uses, owners = _sites_by_leaf(found)
     described: dict[str, tuple[Described, ...]] = {}
+    names: dict[str, dict[str, str]] = {}
     places: dict[str, Placement] = {}
     sites: dict[str, tuple[Geometry, ...]] = {}
     reasons: dict[str, str] = {}
@@ -145,43 +168,56 @@ def layout(
         first = uses_here[0]
         biases = {use.site.bias for use in uses_here if use.site.bias is not None}
         if leaf in found.uses and not first.site.name:
-            refused[leaf] = f"weight of a {first.kind}, but also used in {', '.join(found.uses[leaf])}"
+            what = first.kind if isinstance(first, Affine) else f"weight of a {first.kind}"
+            refused[leaf] = f"{what}, but also used in {', '.join(found.uses[leaf])}"
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
-        name = first.site.name or _layer_name(short, leaf)
+        if owners[leaf]:
+            refused[leaf] = f"{first.kind} that is used elsewhere too, as the bias of another layer"
+            refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
+            continue
+        name = first.site.name or _layer_name(short, leaf, first.kind)
         if name in sites:
             name = short[leaf]
         owned = _own_bias(found, owners, uses_here, uses)
         sites[name] = tuple(uses_here if owned is not None else (replace(u, site=replace(u.site, bias=None)) for u in uses_here))
         how = sharing if isinstance(sharing, str) else sharing.get(name, "expand")
-        layers_here = _layers(uses_here, None if owned is None else bias, how)
+        layers_here = _layers(uses_here, None if owned is None else bias, how, norm)
         if isinstance(layers_here, str):
             refused[leaf] = layers_here
             refused |= dict.fromkeys(biases, f"bias of a {first.kind} whose weight has no layer")
             continue
         described[name] = layers_here
-        places[paths[leaf]] = Placement(f"{name}.weight", tuple(arrays[paths[leaf]].shape), first.weight)
+        roles = {"weight": f"{name}.weight"} | ({} if owned is None else {"bias": f"{name}.bias"})
+        if isinstance(first, Affine) and name == short[leaf]:
+            # bare vectors, whose paths say all that is known of them
+            plain = {role: short[k] for role, k in zip(roles, (leaf, owned), strict=False) if k is not None}
+            if not {p.name for p in places.values()} & set(plain.values()):
+                roles = names[name] = plain
+        places[paths[leaf]] = Placement(roles["weight"], tuple(arrays[paths[leaf]].shape), first.weight)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
-        reasons[f"{name}.weight"] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
+        reasons[roles["weight"]] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
         if owned is not None:
-            places[paths[owned]] = Placement(f"{name}.bias", tuple(arrays[paths[owned]].shape), first.site.bias_view)
-            reasons[f"{name}.bias"] = f"bias of {name}: {paths[owned]}"
+            places[paths[owned]] = Placement(roles["bias"], tuple(arrays[paths[owned]].shape), first.site.bias_view)
+            reasons[roles["bias"]] = f"bias of {name}: {paths[owned]}"
         else:
             refused |= dict.fromkeys(biases, "bias that more than one layer adds, or that is used elsewhere too")
     layers = {name: of_layer[0] for name, of_layer in described.items()}
+    taken = {place.name for place in places.values()} | layers.keys()
     others: dict[str, tuple[int, ...]] = {}
     for leaf, path in enumerate(paths):
         if path in places:
             continue
         name = short[leaf]
-        if any(name in (f"{n}.weight", f"{n}.bias", n) for n in layers):
+        if name in taken:
             name = path
         others[name] = tuple(arrays[path].shape)
         places[path] = Placement(name, others[name])
         reasons[name] = refused.get(leaf) or _other_reason(found, leaf)
+    assert len({place.name for place in places.values()}) == len(places), "two parameters of one name"
     regularised = frozenset(name for name, uses_here in sites.items() if _has_own_term(found, uses_here[0].site))
     whole = frozenset(name for name in layers if name not in regularised and not any(u.site.name or u.site.ruled for u in sites[name]))
-    return Layout(kfcore.Model(layers, others), places, sites, reasons, regularised, whole, described)
+    return Layout(kfcore.Model(layers, others, names), places, sites, reasons, regularised, whole, described)
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:
@@ -204,34 +240,62 @@ def _names(paths: Sequence[str], prefix: str | None) -> list[str]:
     return [p.removeprefix(f"{prefix}.") if prefix else p for p in paths]
 
 
-def _layer_name(short: Sequence[str], leaf: int) -> str:
+def _layer_name(short: Sequence[str], leaf: int, kind: str) -> str:
     """The path of the weight without a last key that only says so, as long as nothing else is called that."""
     head, _, last = short[leaf].rpartition(".")
-    twins = [p for p in short if p.rpartition(".")[0] == head and p.rpartition(".")[2] in WEIGHTS]
-    return head if head and last in WEIGHTS and len(twins) == 1 else short[leaf]
+    names = WEIGHTS | OWN_WEIGHTS.get(kind, set())
+    twins = [p for p in short if p.rpartition(".")[0] == head and p.rpartition(".")[2] in names]
+    return head if head and last in names and len(twins) == 1 else short[leaf]
 
 
 def _sites_by_leaf(found: Findings) -> tuple[dict[int, list[Geometry]], Counter[int]]:
-    """Uses of every weight, those named by hand alone where there are any; and how many of them add every bias."""
+    """Uses of every weight, those named by hand alone where there are any (they own their bias); and how many of them add every bias."""
     uses: dict[int, list[Geometry]] = {}
-    for use in found.sites.values():
+    for use in _parted(found):
         uses.setdefault(use.site.leaf, []).append(use)
     for leaf, all_uses in uses.items():
         uses[leaf] = [use for use in all_uses if use.site.name] or all_uses
+    named = {use.site.bias for all_uses in uses.values() for use in all_uses if use.site.name}
+    uses = {leaf: all_uses for leaf, all_uses in uses.items() if leaf not in named}
     return uses, Counter(use.site.bias for all_uses in uses.values() for use in all_uses if use.site.bias is not None)
 
 
-def _layers(uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing) -> tuple[Described, ...] | str:
+def _parted(found: Findings) -> list[Geometry]:
+    """All sites; scale and shift apart where they are not one layer at every use of each."""
+    roles: dict[int, set[tuple[int | None, View]]] = {}
+    for use in found.sites.values():
+        site = use.site
+        roles.setdefault(site.leaf, set()).add((site.bias, site.bias_view))
+        if site.bias is not None:
+            roles.setdefault(site.bias, set()).add((site.leaf, site.bias_view))
+    parts: list[Geometry] = []
+    for use in found.sites.values():
+        if not isinstance(use, Affine) or use.shift is None:
+            parts.append(use)
+            continue
+        both = (use.site.leaf, use.shift.site.leaf)
+        if all(len(roles[leaf]) == 1 and leaf not in found.uses for leaf in both):
+            parts.append(use)
+        else:
+            parts += [replace(use, site=replace(use.site, bias=None, bias_view=()), shift=None), use.shift]
+    return parts
+
+
+def _layers(
+    uses: Sequence[Geometry], bias: Literal["joint", "separate"] | None, sharing: Sharing, norm: Blocks
+) -> tuple[Described, ...] | str:
     """The layer that all uses of a weight are, as each of them has it, or why there is none."""
     kinds = dict.fromkeys(use.kind for use in uses)
     if len(kinds) > 1:
         return f"captured in a {' and in a '.join(kinds)}, but no curvature block covers both"
     found: list[Described] = []
     for use in uses:
-        layer = layer_of(use, bias, sharing)
+        layer = layer_of(use, bias, sharing, norm)
         if isinstance(layer, str):
             return layer
         found.append(layer)
+    if any(isinstance(layer, Embedding) and layer.padding is not None for layer in found):
+        found = [replace(layer, padding=layer.num) if isinstance(layer, Embedding) else layer for layer in found]
     if not all(alike(found[0], other) for other in found) or any(use.weight != uses[0].weight for use in uses):
         return (
             f"used in {uses[0].kind}s of different orientation or shape, as tied weights are, or weights in a loss that takes derivatives"

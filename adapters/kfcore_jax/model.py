@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfcore import Loss, Method, fisher_vectors
+from kfcore import Embedding, Loss, Method, fisher_vectors
 from kfcore.checkpoint import translated
 from kfcore_jax import program
 from kfcore_jax.analysis import analyse
@@ -18,8 +18,7 @@ from kfcore_jax.evaluation import evaluate
 from kfcore_jax.layout import Layout, Sharing, alike, layout, leaves_of, path_of
 from kfcore_jax.program import Path
 from kfcore_jax.records import Records
-from kfcore_jax.sites import Geometry, Site
-from kfcore_jax.views import undo
+from kfcore_jax.sites import Affine, Geometry, Site
 
 Function = Callable[..., Any]
 
@@ -74,7 +73,7 @@ class Model:
 
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
-        layers = {name: [use.captured(inputs[use.site.path], pulled[use.site.path]) for use in of_layer] for name, of_layer in uses.items()}
+        layers = {name: [use.captured(inputs, pulled) for use in of_layer] for name, of_layer in uses.items()}
         records = Records(layers, self._terms(found), self._uses(found))
         records.gradients = leaves_of(grads)
         return ((value, aux) if self.has_aux else value), grads, records
@@ -130,8 +129,8 @@ class Model:
 
         def record(use: Geometry) -> tuple[jax.Array, jax.Array]:
             """The vectors take their place behind the axes of the stack, as further examples."""
-            axis, path = len(use.stack), use.site.path
-            seen, grads = jax.vmap(lambda dy: use.captured(inputs[path], dy), out_axes=(None, axis))(pulled[path])
+            axis, of_use = len(use.stack), {site.path: pulled[site.path] for site in use.sites}
+            seen, grads = jax.vmap(lambda dy: use.captured(inputs, dy), out_axes=(None, axis))(of_use)
             merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
             return seen, grads.reshape(merged)
 
@@ -178,7 +177,8 @@ class Model:
     def _turned(self, name: str, x: np.ndarray, *, back: bool = False) -> np.ndarray:
         """A weight from the layout of its layer to that of files, or back."""
         layer, _, role = name.rpartition(".")
-        if role != "weight" or layer not in self.layers:
+        # a table is a file's and PyTorch's with its rows first, as it is here
+        if role != "weight" or layer not in self.layers or isinstance(self.layers[layer], Embedding):
             return x
         return self.layers[layer].from_oi(x) if back else self.layers[layer].to_oi(x)
 
@@ -227,8 +227,12 @@ class Model:
         return {name: of_layer for name, of_layer in uses.items() if any(use != self.layers[name] for use in of_layer)}
 
     def _terms(self, found: Layout) -> float:
-        """Rows of the site that comes last, layer or not, times its width where the loss compares numbers."""
-        uses = [use for of_name in found.sites.values() for use in of_name]
+        """Rows of the product, convolution or table that comes last, layer or not, times its width where the loss compares numbers.
+
+        Scales and shifts behind it are none of these, but where there is nothing else.
+        """
+        every = [use for of_name in found.sites.values() for use in of_name]
+        uses = [use for use in every if not isinstance(use, Affine)] or every
         if not uses:
             return 1.0
         last = max(uses, key=lambda use: use.site.path)
@@ -244,6 +248,7 @@ def trace(
     loss: Loss | None = None,
     bias: Literal["joint", "separate"] = "joint",
     sharing: Sharing | Mapping[str, Sharing] = "expand",
+    norm: Literal["diagonal", "full"] = "diagonal",
     prefix: str | None = None,
     strict: bool = False,
 ) -> Model:
@@ -264,6 +269,9 @@ def trace(
     bias, sharing
         See :class:`kfcore.Linear`; ``sharing`` may be a dictionary by layer name. The first axis of the rows is the example, all
         others are positions.
+    norm
+        Blocks of scales and shifts, see :class:`kfcore.Norm`. Those that have several axes longer than 1, such as positions that are added,
+        are ``"diagonal"`` anyway.
     prefix
         Of the parameters' paths, left out of names; ``"params"``, Flax's collection, if all have it.
     strict
@@ -275,7 +283,9 @@ def trace(
         If the loss is not a scalar, ignores a parameter, or falls back under ``strict``.
 
     """
-    how = {"bias": bias, "sharing": sharing, "prefix": prefix}
+    if norm not in ("diagonal", "full"):
+        raise ValueError(f"`norm` must be 'diagonal' or 'full', got {norm!r}")
+    how = {"bias": bias, "sharing": sharing, "norm": norm, "prefix": prefix}
     tapped = _Tapped(loss_fn, params, args, has_aux)
     tapped.check_scalar()
     found = tapped.layout(how)
@@ -328,7 +338,7 @@ class _Tapped:
 
 
 def _sites(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[Path, Site]:
-    return {use.site.path: use.site for of_layer in uses.values() for use in of_layer}
+    return {site.path: site for of_layer in uses.values() for use in of_layer for site in use.sites}
 
 
 def _zeros(sites: Mapping[Path, Site]) -> dict[Path, jax.Array]:
@@ -351,12 +361,8 @@ def _deviations(uses: Sequence[Geometry], pairs: Any, expected: Sequence[np.ndar
     """Of the gradients that captured arrays add up to from those by leaf: the weight's, and the bias' if there is one."""
     rebuilt: dict[int, Any] = {}
     for use, pair in zip(uses, pairs, strict=True):
-        x, dy = (np.asarray(v) for v in pair)
-        site = use.site
-        rebuilt[site.leaf] = rebuilt.get(site.leaf, 0.0) + undo(use.weight, use.gradient(x, dy))
-        if site.bias is not None:
-            rows = tuple(range(len(use.stack), dy.ndim - 1))
-            rebuilt[site.bias] = rebuilt.get(site.bias, 0.0) + undo(site.bias_view, dy.astype(np.float64).sum(rows))
+        for leaf, gradient in use.gradients(*(np.asarray(v) for v in pair)).items():
+            rebuilt[leaf] = rebuilt.get(leaf, 0.0) + gradient
     # a bias may have no gradient but rounding noise, as that of the keys of an attention
     floor = 1e-3 * float(np.linalg.norm(expected[uses[0].site.leaf]))
     return [_deviation(x, expected[leaf], floor) for leaf, x in rebuilt.items()]

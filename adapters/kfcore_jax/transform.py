@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import jax
@@ -14,14 +13,14 @@ import optax
 from jax.core import Tracer
 
 import kfcore
-from kfcore import Method, ModelOptimizer, OptimizerState, Report, StepSize, schedule
+from kfcore import Embedding, Method, ModelOptimizer, Norm, OptimizerState, Report, StepSize, schedule
 from kfcore._array import Schedule, factor_dtype
 from kfcore.damping import check_positive
 from kfcore.optimizer import merge
 from kfcore.statistics import GradientRows, rows_of
 from kfcore.stepsize import guarded
 from kfcore_jax.analysis import is_trained
-from kfcore_jax.layout import Layout, alike, leaves_of, path_of
+from kfcore_jax.layout import Layout, alike, leaves_of, path_of, without_bias
 from kfcore_jax.model import Model
 from kfcore_jax.records import Records
 
@@ -245,6 +244,8 @@ class _Core:
 
         def whole(name: str) -> bool:
             layer, shapes = layout.model.layers[name], [dy.shape for _, dy in records.layers[name] if dy is not None]
+            if isinstance(layer, Embedding | Norm):
+                return False
             shared = any(positions > 1 for *_, positions, _ in shapes)
             few = sum(shape[-3] * shape[-2] for shape in shapes) <= min(layer.shape)
             return few and names.issuperset(layout.model.roles(name).values()) and (layer.sharing == "expand" or not shared)
@@ -274,17 +275,30 @@ def _reduced(optimizer: ModelOptimizer, state: OptimizerState, records: Records,
         layer, pairs = optimizer.model.layers[name], records.layers[name]
         for use, (inputs, output_grads) in zip(records.uses.get(name, (layer,) * len(pairs)), pairs, strict=True):
             use = _masked(use, layer)
+            if isinstance(use, Embedding | Norm) and use.together and output_grads is not None:
+                merge(total, optimizer.reduce(state, name, *_together(use, inputs, output_grads), use=use))
+                continue
             merge(total, optimizer.reduce(state, name, inputs, None, use=use))
             merge(total, optimizer.reduce(state, name, None, output_grads, use=use))
     return total
+
+
+def _together(layer: Embedding | Norm, inputs: jax.Array, output_grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both sides of the same rows: inputs once for every vector pulled back, and of a scale whose shift is masked its own part."""
+    axis = len(layer.stack)
+    vectors = output_grads.shape[axis] // max(inputs.shape[axis], 1)
+    if vectors > 1:
+        inputs = jnp.concatenate([inputs] * vectors, axis)
+    if isinstance(layer, Norm) and not layer.bias:
+        return inputs[..., : layer.size], output_grads[..., : layer.size]
+    return inputs, output_grads
 
 
 def _masked(use: Any, layer: Any) -> Any:
     """A use of ``layer`` (``None``: as it was traced), without the bias where a mask has taken that away."""
     if use is None:
         return layer
-    lost = getattr(use, "bias", None) is not None and getattr(layer, "bias", None) is None
-    return replace(use, bias=None) if lost else use
+    return without_bias(use) if getattr(use, "bias", None) and not getattr(layer, "bias", None) else use
 
 
 class _Directions(_Core):

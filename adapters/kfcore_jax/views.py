@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 Shape: TypeAlias = tuple[int, ...]
@@ -69,7 +70,7 @@ def apply(view: View, x: Any) -> Any:
         if isinstance(step, Each):
             lead += 1
         elif isinstance(step, Reshape):
-            x = x.reshape(*head, *step.after)
+            x = x.reshape((*head, *step.after))
         elif isinstance(step, Transpose):
             x = x.transpose(*range(lead), *(lead + a for a in step.axes))
         elif isinstance(step, Reverse):
@@ -78,7 +79,7 @@ def apply(view: View, x: Any) -> Any:
             unit = [1] * len(step.after)
             for old, new in enumerate(step.axes):
                 unit[new] = step.before[old]
-            x = np.broadcast_to(x.reshape(*head, *unit), (*head, *step.after))
+            x = (np if isinstance(x, np.ndarray) else jnp).broadcast_to(x.reshape((*head, *unit)), (*head, *step.after))
     return x
 
 
@@ -89,7 +90,7 @@ def undo(view: View, x: Any) -> Any:
         if isinstance(step, Each):
             lead -= 1
         elif isinstance(step, Reshape):
-            x = x.reshape(*x.shape[:lead], *step.before)
+            x = x.reshape((*x.shape[:lead], *step.before))
         elif isinstance(step, Reverse):
             x = _reversed(x, lead, step)
         else:

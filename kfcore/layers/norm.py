@@ -36,6 +36,11 @@ class Norm(Plain):
     example's loss depends on all others through them, and an adapter should leave its parameters to the fallback. A bare number that
     multiplies an activation is ``Norm(1, bias=False)``, with the activation for ``xhat``.
 
+    A program may apply scale and shift at different places, as ``scale / sqrt(var + eps) * (x - mean) + shift`` does, and each be seen
+    where it is applied: ``u`` and ``g`` where a scale multiplies ``u``, whatever follows, and ``h`` where a shift is added.
+    :meth:`ModelOptimizer.reduce` then takes ``inputs [N, S, 2 features]``, ``u`` and behind it ones, with ``output_grads`` ``g`` and behind
+    it ``h``. A shift alone is ``Norm(features, bias=False)`` whose inputs are ones.
+
     As a matrix it has one column, ``[weight; bias]``, and the input factor 1; the factored and
     the exact kind of damping both apply ``(F + damping I)^-1`` exactly.
 
@@ -169,15 +174,21 @@ class Norm(Plain):
     def output_rows(
         self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
     ) -> Array:
-        """Each example's gradient ``[..., N, 2 features]``: ``sum_s xhat g``, and behind it ``sum_s g``."""
+        """Each example's gradient ``[..., N, 2 features]``: ``sum_s xhat g``, and behind it ``sum_s g``.
+
+        Where scale and shift were seen apart, both arrays have the features of the two behind each other, and the gradient is the sum over
+        positions of their product.
+        """
         if inputs is None or inputs.shape != output_grads.shape:
             came = None if inputs is None else tuple(inputs.shape)
             raise ValueError(f"`inputs` must be given with the shape of `output_grads`, {tuple(output_grads.shape)}, got {came}")
         grads, hat = cast(xp, output_grads, dtype), cast(xp, inputs, dtype)
         if mask is not None:
             grads, hat = live_only(xp, grads, mask), live_only(xp, hat, mask)
-        scale = xp.sum(hat * grads, axis=-2)
-        return xp.concat([scale, xp.sum(grads, axis=-2)], axis=-1) if self.bias else scale
+        products = xp.sum(hat * grads, axis=-2)
+        if not self.bias or output_grads.shape[-1] == self.shape[0]:
+            return products
+        return xp.concat([products, xp.sum(grads, axis=-2)], axis=-1)
 
     @property
     def _axes(self) -> tuple[int, ...]:

@@ -187,6 +187,23 @@ def test_scale_and_shift_come_together(rng):
         method.reduce(layer, state, x[:, 1:], g)
 
 
+@pytest.mark.parametrize("block", ["full", "diagonal"])
+def test_scale_and_shift_may_be_seen_at_two_places(ref, rng, block):
+    """The scale multiplies ``u``, a factor of ``xhat``, and the shift is added later; each is seen with its own gradients."""
+    x, u, g = rng.normal(size=(3, 7, 4, C))
+    layer, method = kf.Norm(C, block=block), kf.KFAC()
+    state = method.init(layer, x)
+    together = method.reduce(layer, state, u * x, g)
+    apart = method.reduce(layer, state, *(np.concatenate(pair, axis=-1) for pair in ((u, np.ones_like(u)), (x * g, g))))
+    assert ref.distance(apart.output_sum, together.output_sum) < 1e-14
+    wrong = method.reduce(layer, state, *(np.concatenate(pair, axis=-1) for pair in ((u, 1.01 * np.ones_like(u)), (x * g, g))))
+    assert ref.distance(wrong.output_sum, together.output_sum) > 1e-3
+    alone = kf.Norm(C, bias=False, block=block)
+    shift = method.reduce(alone, method.init(alone, x), np.ones_like(g), g)
+    want = together.output_sum[C:, C:] if block == "full" else together.output_sum[C:]
+    assert ref.distance(shift.output_sum, want) < 1e-14
+
+
 def test_channels_first_and_features_of_several_axes_are_the_same_layer(ref, rng):
     x, g = rng.normal(size=(2, 7, 4, 5, 6))
     last = kf.Norm(6)

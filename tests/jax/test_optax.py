@@ -245,7 +245,7 @@ def test_wrong_calls():
     with pytest.raises(TypeError, match=r"must be kfcore_jax\.Records"):
         optimizer.update(grads, state, params, records={})
     fewer = kfcore_jax.Records({"fc1": records.layers["fc1"]}, 16.0)
-    with pytest.raises(ValueError, match="lack the layer fc2"):
+    with pytest.raises(ValueError, match="lack the layers fc2, scale"):
         optimizer.update(grads, state, params, records=fewer)
     with pytest.raises(ValueError, match="of another model"):
         optimizer.update(grads, optax.sgd(0.1).init(params), params, records=records)

@@ -50,10 +50,10 @@ class Numpy:
         for i, n in enumerate(LAYERS):
             z = hs[-1] @ p[n]["weight"].T + p[n]["bias"]
             hs.append(np.tanh(z) if i < 2 else z)
-        logits = hs[-1] * p["scale"]
+        logits = hs[-1] / p["scale"]
         e = np.exp(logits - logits.max(axis=1, keepdims=True))
         d = (e / e.sum(axis=1, keepdims=True) - np.eye(SIZES[-1])[y]) / len(x)
-        grads, records, dz = {"scale": (d * hs[-1]).sum(axis=0)}, {}, d * p["scale"]
+        grads, records, dz = {"scale": -(d * hs[-1]).sum(axis=0) / p["scale"] ** 2}, {}, d / p["scale"]
         for i, n in reversed(list(enumerate(LAYERS))):
             grads[n] = {"weight": dz.T @ hs[i], "bias": dz.sum(axis=0)}
             records[n] = (hs[i], dz)
@@ -86,7 +86,7 @@ class Torch:
                 self.scale = torch.nn.Parameter(torch.ones(SIZES[-1], dtype=torch.float64))
 
             def forward(self, x):
-                return self.l2(torch.tanh(self.l1(torch.tanh(self.l0(x))))) * self.scale
+                return self.l2(torch.tanh(self.l1(torch.tanh(self.l0(x))))) / self.scale
 
         self.torch, self.net = torch, Net()
         self._set(initial())
@@ -145,7 +145,7 @@ class Jax:
         p = tree["params"]
         h = jnp.tanh(jax.vmap(lambda x: p["first"]["kernel"].T @ x + p["first"]["bias"])(x))
         h = jnp.tanh(h @ p["second"]["kernel"] + p["second"]["bias"])
-        logits = (h @ p["third"]["kernel"] + p["third"]["bias"]) * p["scale"]
+        logits = (h @ p["third"]["kernel"] + p["third"]["bias"]) / p["scale"]
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def _one(self, tree, state, x, y):

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kfcore_jax.sites.site import Site, merged
+from kfcore_jax.program import Path
+from kfcore_jax.sites.site import Single, Site, merged
 from kfcore_jax.views import Transpose, View
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Single):
     """Geometry of a convolution, in the words of ``lax.conv_general_dilated``; a transposed one has an ``input_dilation``."""
 
     site: Site
@@ -39,14 +40,15 @@ class Convolution:
 
     kind = "convolution"
 
-    def captured(self, x: Any, dy: Any) -> tuple[Any, Any]:
+    def captured(self, inputs: dict[Path, Any], pulled: dict[Path, Any]) -> tuple[Any, Any]:
         """``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, S, out]`` from what the loops returned of them.
 
         Rounds of a loop that use the same weight again are further examples, since space has an axis for each direction.
         """
+        x, dy = inputs[self.site.path], pulled[self.site.path]
         examples, space, channels = self._axes(self.numbers.lhs_spec)
-        inputs = merged(x, self.site.stacked, [examples, *([axis] for axis in space), channels])
-        return inputs, merged(dy, self.site.stacked, self._axes(self.numbers.out_spec))
+        seen = merged(x, self.site.stacked, [examples, *([axis] for axis in space), channels])
+        return seen, merged(dy, self.site.stacked, self._axes(self.numbers.out_spec))
 
     def gradient(self, inputs: np.ndarray, output_grads: np.ndarray) -> np.ndarray:
         """Of the weight, by the transpose of the convolution with ``inputs``."""

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kfcore_jax.sites.site import Site, merged
+from kfcore_jax.program import Path
+from kfcore_jax.sites.site import Single, Site, merged
 from kfcore_jax.views import Reshape, Transpose, View
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Single):
     """Geometry of a product: which axes of weight, inputs and output are stacked, contracted (in), kept (out), and rows."""
 
     site: Site
@@ -30,8 +31,9 @@ class Dense:
 
     kind = "product"
 
-    def captured(self, x: Any, dy: Any) -> tuple[Any, Any]:
+    def captured(self, inputs: dict[Path, Any], pulled: dict[Path, Any]) -> tuple[Any, Any]:
         """``inputs [*stack, N, S, in]`` and ``output_grads [*stack, N, S, out]`` from what the loops returned of them."""
+        x, dy = inputs[self.site.path], pulled[self.site.path]
         contract, batch = (axes[1 - self.operand] for axes in self.numbers)
         free = [a for a in range(len(self.site.inputs)) if a not in contract and a not in batch]
         return self._rows(x, batch, free, contract), self._rows(dy, *self.output_axes)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode as Mode
 
-from kfcore_jax.sites.site import Site, merged
+from kfcore_jax.program import Path
+from kfcore_jax.sites.site import Single, Site, merged
 from kfcore_jax.views import Reshape, View
 
 
 @dataclass(frozen=True)
-class Gather:
+class Gather(Single):
     """Geometry of a table of which whole rows are taken."""
 
     site: Site
@@ -31,19 +32,25 @@ class Gather:
     """``dimension_numbers`` of the gather."""
     mode: Mode
     """What becomes of numbers that are no row of the table."""
+    examples: tuple[int, ...] = ()
+    """Axes of the output that hold examples, before positions where they are merged with some."""
+    count: int = 0
+    """Number of examples."""
 
     kind = "gather"
 
-    def captured(self, x: Any, dy: Any) -> tuple[Any, Any]:
+    def captured(self, inputs: dict[Path, Any], pulled: dict[Path, Any]) -> tuple[Any, Any]:
         """``ids [*stack, N, S]`` and ``output_grads [*stack, N, S, out]`` from what the loops returned of them.
 
         Where the program fills what lies outside of the table, the id is the number of rows, one more than the last, and the gradient zero.
         """
-        site = self.site
-        _, axes, features = self.output_axes
-        own, rows = site.behind(range(len(site.inputs) - 1)), site.behind(axes)
-        ids = merged(x[..., self.numbers.start_index_map.index(0)], site.stacked, [own[:1], [*site.shared, *own[1:]]])
-        dy = merged(dy, site.stacked, [rows[:1], [*site.shared, *rows[1:]], site.behind(features)])
+        site, (_, axes, features) = self.site, self.output_axes
+        order = [*self.examples, *(a for a in axes if a not in self.examples)]
+        own, rows, n = site.behind(axes.index(a) for a in order), site.behind(order), len(self.examples)
+        x = inputs[site.path][..., self.numbers.start_index_map.index(0)]
+        ids = merged(x, site.stacked, [own[:n], [*site.shared, *own[n:]]])
+        dy = merged(pulled[site.path], site.stacked, [rows[:n], [*site.shared, *rows[n:]], site.behind(features)])
+        ids, dy = ids.reshape(*ids.shape[:-2], self.count, -1), dy.reshape(*dy.shape[:-3], self.count, -1, dy.shape[-1])
         if jnp.iinfo(ids.dtype).max < self.rows:
             ids = ids.astype(jnp.int32)
         if self.mode == Mode.CLIP:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kfcore_jax.program import Path
-from kfcore_jax.views import Each, Shape, View
+from kfcore_jax.views import Each, Shape, View, undo
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Site:
     path: Path
     leaf: int
     view: View
-    source: int
-    """Which operand of the equation the layer sees: its inputs, or the numbers of the rows it takes."""
+    source: int | None
+    """Which operand of the equation the layer sees: its inputs, or the numbers of the rows it takes. A shift sees none."""
     scans: tuple[int, ...]
     """Lengths of the loops around it."""
     weight: Shape
@@ -63,6 +65,31 @@ class Site:
     def behind(self, axes: Iterable[int]) -> tuple[int, ...]:
         """Axes of an array of the program, once the axes of the loops stand before them."""
         return tuple(len(self.scans) + a for a in axes)
+
+
+class Single:
+    """What a geometry has that is one place of the program."""
+
+    site: Site
+    stack: tuple[int, ...]
+    weight: View
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All places it is made of."""
+        return (self.site,)
+
+    def gradient(self, inputs: np.ndarray, output_grads: np.ndarray) -> np.ndarray:
+        """Of the weight, as the layer has it."""
+        raise NotImplementedError
+
+    def gradients(self, inputs: np.ndarray, output_grads: np.ndarray) -> dict[int, np.ndarray]:
+        """Of the parameters by leaf, as the user has them, rebuilt from what was captured."""
+        site, found = self.site, {self.site.leaf: undo(self.weight, self.gradient(inputs, output_grads))}
+        if site.bias is not None:
+            rows = tuple(range(len(self.stack), output_grads.ndim - 1))
+            found[site.bias] = undo(site.bias_view, output_grads.astype(np.float64).sum(rows))
+        return found
 
 
 def merged(x: Any, lead: Sequence[int], groups: Sequence[Sequence[int]]) -> Any:
