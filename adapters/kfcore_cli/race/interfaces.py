@@ -26,7 +26,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs as NumPy arrays, numbers ``[N, features]`` or ids ``[N, T]``, and targets: labels ``[N, ...]``, or numbers ``[N, outputs]``."""
+    """NumPy arrays: inputs, numbers ``[N, features]`` or ids ``[N, T]``, and targets, labels ``[N, ...]`` or numbers ``[N, outputs]``."""
 
     train_x: np.ndarray
     train_y: np.ndarray

@@ -16,8 +16,8 @@ Kind = Literal["cross-entropy", "squared error", "binary cross-entropy"]
 class Loss:
     """A loss of outputs ``z [N, ..., outputs]``.
 
-    ``"cross-entropy"`` compares logits with integer labels ``[N, ...]``; ``"squared error"`` numbers and ``"binary cross-entropy"`` logits with
-    targets of the shape of ``z``, as means over all entries.
+    ``"cross-entropy"`` compares logits with integer labels ``[N, ...]``; ``"squared error"`` numbers and ``"binary cross-entropy"`` logits
+    with targets of the shape of ``z``, as means over all entries.
     """
 
     kind: Kind

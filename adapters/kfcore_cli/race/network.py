@@ -48,7 +48,7 @@ class Network:
             values.append(values[i] + values[i - layer.over] if isinstance(layer, Skip) else apply(layer, values[i]))
         return values
 
-    def outputs(self, xp: Any, params: Mapping[str, Mapping[str, Array]], x: Array, rows: int = 256) -> Array:
+    def outputs(self, xp: Any, params: Mapping[str, Mapping[str, Array]], x: Array, rows: int = 128) -> Array:
         """The outputs alone, of so many rows at a time."""
         return xp.concat([self.forward(xp, params, x[i : i + rows])[-1] for i in range(0, x.shape[0], rows)], axis=0)
 

@@ -243,6 +243,7 @@ def transformer(num: int, places: int, width: int, heads: int, blocks: int) -> N
     """Logits of the next of ``num`` tokens at each of ``places``: pre-norm blocks of attention and a GELU network four times as wide."""
     layers = [Embedding("tokens", num, width), Positions("positions", places, width)]
     for i in range(1, blocks + 1):
-        layers += residual(LayerNorm(f"norm{i}a", width), Dense(f"qkv{i}", width, 3 * width), Attention(heads), Dense(f"out{i}", width, width))
-        layers += residual(LayerNorm(f"norm{i}b", width), Dense(f"up{i}", width, 4 * width), GELU(), Dense(f"down{i}", 4 * width, width))
+        attention = Dense(f"qkv{i}", width, 3 * width), Attention(heads), Dense(f"out{i}", width, width)
+        mlp = Dense(f"up{i}", width, 4 * width), GELU(), Dense(f"down{i}", 4 * width, width)
+        layers += (*residual(LayerNorm(f"norm{i}a", width), *attention), *residual(LayerNorm(f"norm{i}b", width), *mlp))
     return Network((*layers, LayerNorm("norm", width), Dense("head", width, num)), Loss("cross-entropy"))

