@@ -65,7 +65,7 @@ class Embedding:
 class Positions:
     """A learned vector for every place of a context, added to what is there: ``y_t = x_t + table[t]``.
 
-    It is no layer to kfcore: the places are the same in all examples, so that what is taken from the table has no axis of examples.
+    To kfcore it is no layer: the places are the same in all examples, so that what is taken from the table has no axis of examples.
     """
 
     name: str
@@ -93,6 +93,12 @@ class Positions:
         from kfcore_cli.race.modules import Positions
 
         return Positions(self.places, self.features)
+
+    def jax_forward(self, params: Mapping[str, Array], x: Array) -> Array:
+        """Taken from the table, as a user of JAX would write it."""
+        from jax.numpy import arange
+
+        return x + params["weight"][arange(self.places)]
 
 
 @dataclass(frozen=True)

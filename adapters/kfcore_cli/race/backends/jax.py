@@ -152,15 +152,16 @@ class JAXContender:
 
 def _check(network: Network, model: kfcore_jax.Model) -> None:
     """Refuse a layer that says of itself something else than what was found in its program, however its weight is stored."""
-    for name, described in network.curvature().items():
-        found = model.layers.get(name)
+    own = network.curvature()
+    for name in own | model.layers:
+        found, described = model.layers.get(name), own.get(name)
         if isinstance(found, kfcore.Linear) and isinstance(described, kfcore.Linear):
             found = replace(found, layout=described.layout)
         if isinstance(found, kfcore.Conv) and isinstance(described, kfcore.Conv):
             found = replace(found, layout=described.layout, channels=described.channels)
         if found != described:
             raise UsageError(
-                f"--backends jax finds {found or 'no product of a weight with the batch'} in the layer {name}, whose `curvature()` says "
+                f"--backends jax finds {found or 'nothing that kfcore knows'} in the layer {name}, whose `curvature()` says "
                 f"{described}: make the two agree, or leave jax out"
             )
 
