@@ -84,11 +84,12 @@ def test_gradients_of_a_transformer_are_those_of_central_differences():
 
 def test_branches_may_begin_together():
     inner = residual(Dense("fc1", 4, 4), Activation("tanh"))
-    network = Network((*residual(*inner, Dense("fc2", 4, 4)), Dense("fc3", 4, 3)), Loss("cross-entropy"))
+    network = Network((Dense("fc0", 4, 4), *residual(*inner, Dense("fc2", 4, 4)), Dense("fc3", 4, 3)), Loss("cross-entropy"))
     rng = np.random.default_rng(1)
     weights, x = _moved(network, rng), rng.normal(size=(7, 4))
-    h = x + np.tanh(x @ weights["fc1"]["weight"].T + weights["fc1"]["bias"])
-    h = x + h @ weights["fc2"]["weight"].T + weights["fc2"]["bias"]
+    start = x @ weights["fc0"]["weight"].T + weights["fc0"]["bias"]
+    h = start + np.tanh(start @ weights["fc1"]["weight"].T + weights["fc1"]["bias"])
+    h = start + h @ weights["fc2"]["weight"].T + weights["fc2"]["bias"]
     np.testing.assert_allclose(network.forward(xp, weights, x)[-2], h, rtol=1e-14)
     _check_gradients(network, weights, x, rng.integers(0, 3, 7), rng)
 

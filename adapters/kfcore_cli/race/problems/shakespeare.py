@@ -17,16 +17,17 @@ SYMBOLS, PLACES = 84, 64
 class Shakespeare:
     """Two pre-norm blocks of width 64 and four heads predict every next character; the last tenth of the text is kept for the test."""
 
-    title = "Shakespeare (shakespeare)"
+    title = "works of Shakespeare (shakespeare)"
     network = transformer(SYMBOLS, PLACES, width=64, heads=4, blocks=2)
     batch_size = 32
     steps = 300
-    target = 2.2
+    target = 2.5  # what the frequencies of pairs of characters alone would give
     metric = "test nats"
+    # grid on seed 0, by end loss: sgd lr .03 to 1; adam lr .001 to .02; kfac lr .1, .3, damping .001 to .3, clip 3e-4 to .01
     settings: Mapping[str, Settings] = {
-        "sgd": {"lr": 0.3, "momentum": 0.9},
+        "sgd": {"lr": 0.03, "momentum": 0.9},
         "adam": {"lr": 3e-3},
-        "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-2, "damping": 1e-2, "stats_every": 5, "refresh_every": 10},
+        "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.03, "stats_every": 5, "refresh_every": 10},
     }
 
     def load(self) -> Data:
