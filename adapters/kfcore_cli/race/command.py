@@ -11,7 +11,7 @@ from rich.console import Console
 from kfcore_cli.race import registry
 from kfcore_cli.race.course import Run, Snapshot, deviation, run
 from kfcore_cli.race.errors import missing
-from kfcore_cli.race.interfaces import Method, Problem, Settings
+from kfcore_cli.race.interfaces import Data, Method, Problem, Settings
 from kfcore_cli.race.options import Options
 from kfcore_cli.race.progress import Board
 from kfcore_cli.race.record import write_record
@@ -43,7 +43,7 @@ def race(options: Options, console: Console) -> list[Entry]:
     data = problem.load()
     options.out.mkdir(parents=True, exist_ok=True)
     steps = problem.steps if options.steps is None and options.seconds is None else options.steps
-    console.print(_headline(options, problem, len(data.train_x), len(data.test_x), steps), highlight=False)
+    console.print(_headline(options, problem, data, steps), highlight=False)
 
     entries = []
     initial = problem.network.init(options.seed)
@@ -90,9 +90,10 @@ def _between(own: Snapshot | None, reference: Snapshot | None) -> float | None:
     return deviation(own[1], reference[1])
 
 
-def _headline(options: Options, problem: Problem, train: int, test: int, steps: int | None) -> str:
+def _headline(options: Options, problem: Problem, data: Data, steps: int | None) -> str:
+    measured = "" if data.probe is None else f" (loss of {len(data.probe):,})"
     length = f"{steps:,} steps" if steps is not None else f"{options.seconds:g} s of training"
     return (
-        f"[bold]{problem.title}[/]  {train:,} train, {test:,} test, minibatches of {problem.batch_size}\n"
+        f"[bold]{problem.title}[/]  {len(data.train_x):,} train{measured}, {len(data.test_x):,} test, minibatches of {problem.batch_size}\n"
         f"[dim]{length} each, {options.dtype}, seed {options.seed}; same start and minibatches for all[/]"
     )

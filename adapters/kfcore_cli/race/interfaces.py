@@ -19,19 +19,27 @@ if TYPE_CHECKING:
 
 Array = Any
 Weights = dict[str, dict[str, np.ndarray]]
-"""By layer name ``{"weight": [out, in], "bias": [out]}``."""
+"""By layer name the parameters by role, such as ``{"weight": [out, in], "bias": [out]}``."""
 Settings = Mapping[str, Any]
 """Hyper-parameters of a method by name."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs ``[N, features]`` and targets as NumPy arrays: labels ``[N]``, or numbers ``[N, outputs]``."""
+    """NumPy arrays: inputs, numbers ``[N, features]`` or ids ``[N, T]``, and targets, labels ``[N, ...]`` or numbers ``[N, outputs]``."""
 
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
+    probe: np.ndarray | None = None
+    """Rows of a training part too large to be measured as a whole; the training loss is that of these."""
+
+    @property
+    def measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets whose loss is the training loss."""
+        rows = slice(None) if self.probe is None else self.probe
+        return self.train_x[rows], self.train_y[rows]
 
 
 class Problem(Protocol):
@@ -102,8 +110,9 @@ class Backend(Protocol):
 class Layer(Protocol):
     """One layer of a network in portable array code, ``xp`` being its namespace.
 
-    It may have ``torch_module()``, which the torch backend needs of kinds it does not know, and ``jax_forward(params, x)``, which the JAX
-    backend takes in place of ``forward`` where JAX has an operation of its own for the layer.
+    It may have ``torch_module()``, which the torch backend needs of kinds it does not know; ``jax_forward(params, x)``, which the JAX
+    backend takes in place of ``forward`` where JAX has an operation of its own for the layer; and ``captured(xp, x)``, what kfcore takes
+    for the layer's input where that is not ``x``.
     """
 
     name: str | None
@@ -122,5 +131,5 @@ class Layer(Protocol):
         ...
 
     def curvature(self) -> Any:
-        """Its description in kfcore, such as ``kfcore.Linear``; ``None`` without parameters."""
+        """Its description in kfcore, such as ``kfcore.Linear``; ``None`` without parameters, or where they get the fallback."""
         ...

@@ -27,12 +27,13 @@ class Dense:
         return {"weight": rng.uniform(-bound, bound, (self.out_features, self.in_features)), "bias": np.zeros(self.out_features)}
 
     def forward(self, xp: Any, params: Mapping[str, Array], x: Array) -> Array:
-        """``[N, in]`` to ``[N, out]``."""
+        """``[N, ..., in]`` to ``[N, ..., out]``."""
         return x @ params["weight"].T + params["bias"]
 
     def backward(self, xp: Any, params: Mapping[str, Array], x: Array, y: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
         """Gradients at the input and of weight and bias."""
-        return dy @ params["weight"], {"weight": dy.T @ x, "bias": xp.sum(dy, axis=0)}
+        rows = xp.reshape(dy, (-1, self.out_features))
+        return dy @ params["weight"], {"weight": rows.T @ xp.reshape(x, (-1, self.in_features)), "bias": xp.sum(rows, axis=0)}
 
     def curvature(self) -> kfcore.Linear:
         """As kfcore knows it."""

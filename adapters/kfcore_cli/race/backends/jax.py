@@ -13,8 +13,9 @@ import numpy as np
 
 import kfcore
 from kfcore_cli.race import rules
+from kfcore_cli.race.batches import as_array
 from kfcore_cli.race.errors import UsageError, missing
-from kfcore_cli.race.interfaces import Array, Weights
+from kfcore_cli.race.interfaces import Array, Layer, Weights
 from kfcore_cli.race.losses import Kind
 from kfcore_cli.race.network import Network
 
@@ -82,17 +83,19 @@ class Program:
 
     def outputs(self, params: Any, x: Array) -> Array:
         """The network's outputs, by the portable code of its layers."""
-        for layer in self.network.layers:
+
+        def apply(layer: Layer, x: Array) -> Array:
             try:
                 own = params.get(layer.name, {})
-                x = layer.jax_forward(own, x) if hasattr(layer, "jax_forward") else layer.forward(jnp, own, x)  # pyright: ignore
+                return layer.jax_forward(own, x) if hasattr(layer, "jax_forward") else layer.forward(jnp, own, x)  # pyright: ignore
             except (TypeError, AttributeError, IndexError) as error:
                 kind, reason = type(layer).__name__, str(error).partition("\n")[0]
                 raise UsageError(
                     f"--backends jax cannot trace the layer {kind}, whose `forward` must do with the namespace it is given and write "
                     f"nothing in place ({type(error).__name__}: {reason}): mend it, or leave jax out"
                 ) from error
-        return x
+
+        return self.network.through(apply, x)[-1]
 
     def loss(self, params: Any, x: Array, y: Array) -> Array:
         """The loss of a minibatch."""
@@ -132,9 +135,8 @@ class JAXContender:
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """The compiled step; weights and state are written over the last ones."""
         program = self.program
-        labels = np.issubdtype(y.dtype, np.integer)
         with program.precision():
-            inputs, targets = jnp.asarray(x, dtype=program.dtype), jnp.asarray(y) if labels else jnp.asarray(y, dtype=program.dtype)
+            inputs, targets = as_array(jnp, x, program.dtype), as_array(jnp, y, program.dtype)
             if self.state is None:
                 self.state = program.begin(self.params, inputs, targets)
             self.params, self.state = jax.block_until_ready(program.step(self.params, self.state, inputs, targets))
@@ -150,15 +152,16 @@ class JAXContender:
 
 def _check(network: Network, model: kfcore_jax.Model) -> None:
     """Refuse a layer that says of itself something else than what was found in its program, however its weight is stored."""
-    for name, described in network.curvature().items():
-        found = model.layers.get(name)
+    own = network.curvature()
+    for name in own | model.layers:
+        found, described = model.layers.get(name), own.get(name)
         if isinstance(found, kfcore.Linear) and isinstance(described, kfcore.Linear):
             found = replace(found, layout=described.layout)
         if isinstance(found, kfcore.Conv) and isinstance(described, kfcore.Conv):
             found = replace(found, layout=described.layout, channels=described.channels)
         if found != described:
             raise UsageError(
-                f"--backends jax finds {found or 'no product of a weight with the batch'} in the layer {name}, whose `curvature()` says "
+                f"--backends jax finds {found or 'nothing that kfcore knows'} in the layer {name}, whose `curvature()` says "
                 f"{described}: make the two agree, or leave jax out"
             )
 

@@ -13,7 +13,7 @@ from kfcore_cli.race.errors import UsageError, missing
 from kfcore_cli.race.interfaces import Layer, Weights
 from kfcore_cli.race.layers import Activation, Dense
 from kfcore_cli.race.losses import Kind
-from kfcore_cli.race.network import Network
+from kfcore_cli.race.network import Network, Skip
 
 try:
     import torch
@@ -24,7 +24,7 @@ import kfcore_torch
 
 ACTIVATIONS = {"tanh": torch.nn.Tanh, "sigmoid": torch.nn.Sigmoid, "relu": torch.nn.ReLU}
 LOSSES: dict[Kind, Callable[..., torch.Tensor]] = {
-    "cross-entropy": torch.nn.functional.cross_entropy,
+    "cross-entropy": lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, -2), y.flatten()),
     "squared error": torch.nn.functional.mse_loss,
     "binary cross-entropy": torch.nn.functional.binary_cross_entropy_with_logits,
 }
@@ -36,8 +36,24 @@ class Torch:
     packages = ("torch",)
 
     def contender(self, network: Network, weights: Weights, rule: rules.Rule, dtype: str) -> TorchContender:
-        """An ``nn.Sequential`` with the layers' names."""
+        """A module for each layer, of its name."""
         return TorchContender(network, weights, rule, dtype)
+
+
+class Chain(torch.nn.Sequential):
+    """The modules of a network's layers, connected as the network says."""
+
+    def __init__(self, network: Network, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        for number, layer in enumerate(network.layers):
+            if not isinstance(layer, Skip):
+                self.add_module(layer.name or f"activation{number}", _module(layer, dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The network's outputs."""
+        modules = iter(self)
+        return self.network.through(lambda _, x: next(modules)(x), x)[-1]
 
 
 class TorchContender:
@@ -45,9 +61,7 @@ class TorchContender:
 
     def __init__(self, network: Network, weights: Weights, rule: rules.Rule, dtype: str) -> None:
         self.dtype = getattr(torch, dtype)
-        self.module = torch.nn.Sequential()
-        for number, layer in enumerate(network.layers):
-            self.module.add_module(layer.name or f"activation{number}", _module(layer, self.dtype))
+        self.module = Chain(network, self.dtype)
         self.module.load_state_dict({f"{name}.{role}": torch.tensor(w) for name, own in weights.items() for role, w in own.items()})
         self.layers = tuple(weights)
         self.loss = LOSSES[network.loss.kind]
@@ -55,11 +69,15 @@ class TorchContender:
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """The usual four lines."""
-        targets = torch.from_numpy(y)
-        loss = self.loss(self.module(torch.from_numpy(x).to(self.dtype)), targets if y.ndim == 1 else targets.to(self.dtype))
+        loss = self.loss(self.module(self.tensor(x)), self.tensor(y))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+    def tensor(self, x: np.ndarray) -> torch.Tensor:
+        """Inputs or targets: numbers in the dtype of the module, integers as they are."""
+        found = torch.from_numpy(x)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def weights(self) -> Weights:
         """Copy of the module's parameters."""
