@@ -112,6 +112,25 @@ def _negative_inverse(factor: jax.Array) -> jax.Array:
     return lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of matrices ``[..., n, n]`` that on the CPU takes those of a stack in turns.
+
+    There the batched routines of LAPACK hand parts of their batch to the threads that run the program and wait for them: several that
+    run side by side have been seen to wait for each other for good (jaxlib 0.10.2).
+    """
+
+    def call(xp: Any, x: jax.Array) -> Any:
+        leading = x.shape[:-2]
+        if not leading:
+            return function(xp, x)
+        flat = x.reshape(-1, *x.shape[-2:])
+        in_turns = lambda x: lax.map(lambda one: function(xp, one), x)  # noqa: E731
+        results = lax.platform_dependent(flat, cpu=in_turns, default=lambda x: function(xp, x))
+        return tuple(part.reshape(*leading, *part.shape[1:]) for part in results)
+
+    return call
+
+
 def together(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a list of matrices that takes those of equal size at once: what compiles then grows with the sizes, not the layers."""
 
@@ -193,7 +212,8 @@ def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    for kernel in (gram, thin_product, invert, counts, gather_sum, fold, patch_moments):
+    for kernel in (gram, thin_product, counts, gather_sum, fold, patch_moments):
         register_kernel(kernel.__name__, "jax", kernel)
-    register_kernel("invert_all", "jax", together(invert))
-    register_kernel("eigh_all", "jax", together(linalg.eigh))
+    for name, function in (("invert", one_by_one(invert)), ("eigh", one_by_one(primitives()["eigh"]))):
+        register_kernel(name, "jax", function)
+        register_kernel(f"{name}_all", "jax", together(function))

@@ -27,6 +27,7 @@ class Diamonds:
     settings: Mapping[str, Settings] = {
         "sgd": {"lr": 0.1, "momentum": 0.9},
         "adam": {"lr": 1e-2},
+        "ekfac": {"lr": 0.1, "momentum": 0.9, "clip": 1e-5, "damping": 1e-2, "stats_every": 5, "refresh_every": 10},
         "kfac": {"lr": 0.1, "momentum": 0.9, "clip": 1e-5, "damping": 1e-3, "stats_every": 5, "refresh_every": 10},
     }
 

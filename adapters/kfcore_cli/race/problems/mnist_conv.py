@@ -37,6 +37,7 @@ class MNISTConv:
     settings: Mapping[str, Settings] = {
         "sgd": {"lr": 0.3, "momentum": 0.9},
         "adam": {"lr": 1e-2},
+        "ekfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.01, "stats_every": 5, "refresh_every": 10},
         "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.1, "stats_every": 5, "refresh_every": 10},
     }
 

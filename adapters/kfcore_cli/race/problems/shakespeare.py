@@ -27,6 +27,7 @@ class Shakespeare:
     settings: Mapping[str, Settings] = {
         "sgd": {"lr": 0.03, "momentum": 0.9},
         "adam": {"lr": 3e-3},
+        "ekfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 3e-3, "stats_every": 5, "refresh_every": 10},
         "kfac": {"lr": 0.3, "momentum": 0.9, "clip": 1e-3, "damping": 0.03, "stats_every": 5, "refresh_every": 10},
     }
 
