@@ -111,7 +111,7 @@ def test_backends_follow_one_trajectory_with_convolutions(method, backend):
 
 
 @pytest.mark.parametrize("backend", FRAMEWORKS)
-@pytest.mark.parametrize("method", ["sgd", "adam"])
+@pytest.mark.parametrize("method", ["sgd", "adam", "kfac"])
 def test_backends_follow_one_trajectory_with_a_transformer(method, backend):
     problem, rule = SmallText(), _rule(method)
     reference = _run(problem, registry.load("backends", "numpy"), rule)

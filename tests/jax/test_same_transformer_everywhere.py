@@ -174,6 +174,7 @@ def whole():
 
 def test_fifty_steps_agree(whole):
     arm, expected = run(Jax(), 0, 50), vector(whole.params)
+    assert arm.fallbacks() == whole.fallbacks() == {"places.weight"}
     assert gap(vector(arm.params), expected) <= 1e-9
     assert gap(1.01 * vector(arm.params), expected) > 5e-3
     assert gap(vector(initial()), expected) > 1e-2, "nothing moved"
