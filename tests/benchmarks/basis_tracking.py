@@ -66,7 +66,7 @@ def race(n: int, count: int) -> dict[str, object]:
         times["eigh"].append(time.perf_counter() - begin)
         for name, how in WAYS.items():
             begin = time.perf_counter()
-            found = follow(xp, how, x, bases[name], torch.tensor(turn))
+            found = follow(xp, how, x, bases[name], torch.tensor(turn + 1))
             times[name].append(time.perf_counter() - begin)
             assert found.basis is not None
             bases[name] = found.basis
