@@ -16,10 +16,12 @@ import kfcore
 from kfcore import Loss, Method, ModelOptimizer, Needs, Norm, OptimizerState, StepSize
 from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, renamed, to_arrays, write
 from kfcore.optimizer import merge
+from kfcore.statistics import Use
 from kfcore_torch.capture import Capture
 from kfcore_torch.examples import Examples
 from kfcore_torch.fisher import pull_back
 from kfcore_torch.layout import Layout, layout
+from kfcore_torch.passes import Passes
 from kfcore_torch.sites import NormBlock, Sharing, as_used, coupled
 
 
@@ -64,6 +66,8 @@ class Engine:
         # decided once: a plan made anew during training may find another mode
         self._excluded: dict[str, str] = coupled(module)
         self._warned: set[str] = set()
+        self._told: set[str] = set()
+        self._passes: Passes | None = None
         self.capture: Capture | None = None
         self.plan(trained)
 
@@ -77,15 +81,16 @@ class Engine:
             lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
             raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
         self.layout, self.core = found, core
-        self._examples = Examples.of(found.model.layers)
+        needs = Needs.NOTHING
+        for name in found.model.layers:
+            needs |= core.needs(name)
+        self._passes = Passes(self._take, self._refuse) if Needs.ALL_USES in needs else None
+        self._examples = Examples.of(found.model.layers, squared=self._passes is not None)
         self.state: OptimizerState = core.init({n: p.detach() for n, p in found.values().items()})
         if old is not None:
             self._adopt(*old)
         if self.capture is not None:
             self.capture.remove()
-        needs = Needs.NOTHING
-        for name in found.model.layers:
-            needs |= core.needs(name)
         self.capture = Capture(
             found.calls(),
             found.attentions(),
@@ -94,6 +99,7 @@ class Engine:
             output_grads=Needs.OUTPUT_GRADS in needs,
             deferred=self.method.fisher in ("mc", "exact"),
         )
+        self.capture.called = self._called if self._passes is not None else None
         # a summed loss is divided by its terms at every step, whether statistics are due or not
         self.capture.counting = self.core.loss_reduction == "sum" and self.method.fisher == "empirical"
         self.moved()
@@ -113,27 +119,40 @@ class Engine:
         self._statistics: dict[str, Any] = {}
         self._terms: float | Tensor = 0.0
         self._output_layer: str | None = None
-        self._called: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._refused: dict[str, str] = {}
         if self._examples is not None:
             self._examples.clear()
+        if self._passes is not None:
+            self._passes.clear()
         assert self.capture is not None
         self.capture.take()
 
     def moved(self) -> None:
         """The state is another one: forget what was captured, and see whether the coming step wants statistics."""
         self.clear()
+        if self._passes is not None:
+            self._passes.forget()
         assert self.capture is not None
         self.capture.wanted = bool(self.core.stats_due(self.state))
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> None:
+    def _called(self, name: str) -> bool:
+        return self._passes is not None and self._passes.called(name)
+
+    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...], call: Any) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
         if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
             if self._examples is not None:
                 self._examples.note(name, inputs.shape)
-            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), use=layer))
+            seen = layer.capture(inputs, grads)
+            if self._passes is None:
+                merge(self._statistics, self.core.reduce(self.state, name, *seen, use=layer))
+            elif self.method.fisher == "empirical":
+                self._passes.fired(name, Use(layer, *seen), call)
+            else:
+                self._passes.hold(name, Use(layer, *seen))
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name
@@ -141,8 +160,11 @@ class Engine:
                 self._terms += math.prod(outputs) if getattr(self.loss, "per_entry", False) else _rows(layer, outputs)
         elif self.method.fisher == "forward":
             # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
-            self._called[name] = self._called.get(name, 0) + _rows(layer, outputs)
-            self._terms = float(self._called[name])
+            self._counts[name] = self._counts.get(name, 0) + _rows(layer, outputs)
+            self._terms = float(self._counts[name])
+
+    def _take(self, name: str, uses: list[Use]) -> None:
+        merge(self._statistics, self.core.reduce_all(self.state, name, uses))
 
     def _refuse(self, name: str, why: str) -> None:
         self._refused[name] = why
@@ -161,7 +183,12 @@ class Engine:
             raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
         self.capture.wanted = False  # a checkpointed region runs its forward pass again in here
         try:
-            pull_back(self.method, self.loss, outputs, targets, generator, uses, self.capture.deliver)
+            for seen in pull_back(self.method, self.loss, outputs, targets, generator, uses):
+                with torch.no_grad():
+                    for use, grad in seen:
+                        self.capture.deliver(use, grad)
+                    if self._passes is not None:
+                        self._passes.close()
         finally:
             self.capture.wanted = True
 
@@ -198,8 +225,11 @@ class Engine:
             raise TypeError(f"sparse gradients are not supported, got one for {sparse[0]!r}: use sparse=False in that embedding")
         if not self.capture.wanted:
             return grads, None, self._count_terms(terms)
+        if self._passes is not None:
+            self._passes.close()
         self._check_captured(grads)
-        statistics = {name: part for name, part in self._statistics.items() if name in self.core.preconditioner.blocks}
+        # in the order of the model, which is the same on all ranks
+        statistics = {name: self._statistics[name] for name in self.core.preconditioner.blocks if name in self._statistics}
         terms = self._count_terms(terms)
         if self.all_reduce is not None:
             statistics, terms = self.core.across(statistics, terms, self._sum_over_ranks)
@@ -225,6 +255,10 @@ class Engine:
         for name in refused:
             for block in self.layout.model.blocks(name).values():
                 self._statistics.pop(block, None)
+        for name, how in ({} if self._examples is None else self._examples.uneven).items():
+            if name not in self._told:
+                self._told.add(name)
+                warnings.warn(f"layer {name!r} has scales of the gradients of {how}", stacklevel=5)
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
             blocks = self.layout.model.blocks(name).values()
