@@ -38,8 +38,9 @@ class Capture:
     """Hooks on the layers of a model.
 
     They feed the sink while ``wanted``, and with a sink that needs the output gradients at every step also while ``counting``. Where more
-    is to be known of a use than its arrays, ``called`` is a function of the layer's name that is run at each call; examples then come
-    first in all arrays (see :data:`kfcore_torch.views.Reader`).
+    is to be known of a use than its arrays, ``called`` is run at each call with the layer's name and, for the keys and values of attention
+    that are not those of its queries, its ``key_padding_mask``. Examples then come first in all arrays (see
+    :data:`kfcore_torch.views.Reader`).
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ class Capture:
     ) -> None:
         self.wanted = True
         self.counting = False
-        self.called: Callable[[str], Any] | None = None
+        self.called: Callable[[str, Tensor | None], Any] | None = None
         self._sink, self._refuse = sink, refuse
         self._output_grads = output_grads
         self._deferred = deferred
@@ -85,10 +86,10 @@ class Capture:
             capture = me()
             return capture is not None and capture._looking()
 
-        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, view: View) -> None:
+        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, view: View, padding: Tensor | None) -> None:
             capture = me()
             if capture is not None:
-                capture.use(layer, inputs, output, training, view)
+                capture.use(layer, inputs, output, training, view, padding)
 
         for module, projections in attentions:
             self._handles += Watch(module, projections, wanted, seen).attach()
@@ -96,12 +97,20 @@ class Capture:
     def _looking(self) -> bool:
         return (self.wanted or self.counting) and torch.is_grad_enabled()
 
-    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool, view: View | str | None = None) -> None:
+    def use(
+        self,
+        layer: str,
+        inputs: Tensor,
+        output: Tensor,
+        training: bool,
+        view: View | str | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
         """A layer was called; ``view`` gives what it takes, where that is not what its module was called with and gave."""
         if not self._looking() or not output.requires_grad:
             return
         inputs = inputs.detach()
-        call = None if self.called is None else self.called(layer)
+        call = None if self.called is None else self.called(layer, padding)
         if not self._output_grads:
             if training:
                 self._give(layer, inputs, output.detach(), view, call)

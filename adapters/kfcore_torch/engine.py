@@ -6,8 +6,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,17 @@ from kfcore_torch.capture import Capture
 from kfcore_torch.examples import Examples
 from kfcore_torch.fisher import pull_back
 from kfcore_torch.layout import Layout, layout
-from kfcore_torch.passes import Passes
+from kfcore_torch.masks import RECOMPUTED, Masks, checked
+from kfcore_torch.passes import Passes, running
 from kfcore_torch.sites import NormBlock, Sharing, as_used, coupled
+
+
+class Call(NamedTuple):
+    """What is known of a call of a layer besides its arrays."""
+
+    masks: tuple[Tensor, ...]
+    again: bool
+    """Whether it was inside a backward pass, which computes a checkpointed region again."""
 
 
 class Engine:
@@ -68,6 +78,7 @@ class Engine:
         self._warned: set[str] = set()
         self._told: set[str] = set()
         self._passes: Passes | None = None
+        self._masks = Masks()
         self.capture: Capture | None = None
         self.plan(trained)
 
@@ -99,7 +110,6 @@ class Engine:
             output_grads=Needs.OUTPUT_GRADS in needs,
             deferred=self.method.fisher in ("mc", "exact"),
         )
-        self.capture.called = self._called if self._passes is not None else None
         # a summed loss is divided by its terms at every step, whether statistics are due or not
         self.capture.counting = self.core.loss_reduction == "sum" and self.method.fisher == "empirical"
         self.moved()
@@ -119,12 +129,13 @@ class Engine:
         self._statistics: dict[str, Any] = {}
         self._terms: float | Tensor = 0.0
         self._output_layer: str | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Any] = {}
         self._refused: dict[str, str] = {}
         if self._examples is not None:
             self._examples.clear()
         if self._passes is not None:
             self._passes.clear()
+        self._masks.clear()
         assert self.capture is not None
         self.capture.take()
 
@@ -133,35 +144,70 @@ class Engine:
         self.clear()
         if self._passes is not None:
             self._passes.forget()
+        self._masks.forget()
+        self._attend()
         assert self.capture is not None
         self.capture.wanted = bool(self.core.stats_due(self.state))
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    def _called(self, name: str) -> bool:
-        return self._passes is not None and self._passes.called(name)
+    def masked(self, mask: Tensor) -> AbstractContextManager[None]:
+        """See :meth:`kfcore_torch.Optimizer.masked`."""
+        return self._under(checked(mask))
 
-    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...], call: Any) -> None:
+    @contextmanager
+    def _under(self, mask: Tensor) -> Iterator[None]:
+        try:
+            with self._masks.under(mask):
+                self._attend()
+                yield
+        finally:
+            self._attend()
+
+    def _attend(self) -> None:
+        """Look at calls where more than their arrays counts."""
+        assert self.capture is not None
+        wanted = self._passes is not None or self._masks.active or self._masks.used
+        self.capture.called = self._called if wanted else None
+
+    def _called(self, name: str, padding: Tensor | None) -> Call:
+        return Call(self._masks.called(padding), running() >= 0 if self._passes is None else self._passes.called(name))
+
+    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...], call: Call | None) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
-        if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
-            if self._examples is not None:
+        wanted = self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact")
+        mask = None
+        if wanted or (call is not None and call.masks):
+            if wanted and self._examples is not None:
                 self._examples.note(name, inputs.shape)
-            seen = layer.capture(inputs, grads)
-            if self._passes is None:
-                merge(self._statistics, self.core.reduce(self.state, name, *seen, use=layer))
-            elif self.method.fisher == "empirical":
-                self._passes.fired(name, Use(layer, *seen), call)
-            else:
-                self._passes.hold(name, Use(layer, *seen))
+            inputs, taken = layer.capture(inputs, grads)
+            if call is not None:
+                mask = self._mask(name, layer, inputs, call)
+            if wanted:
+                self._reduce(name, Use(layer, inputs, taken, mask), call)
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name
             if name == self._output_layer:
-                self._terms += math.prod(outputs) if getattr(self.loss, "per_entry", False) else _rows(layer, outputs)
+                self._terms += _terms(layer, outputs, mask, getattr(self.loss, "per_entry", False))
         elif self.method.fisher == "forward":
             # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
-            self._counts[name] = self._counts.get(name, 0) + _rows(layer, outputs)
-            self._terms = float(self._counts[name])
+            self._terms = self._counts[name] = self._counts.get(name, 0.0) + _terms(layer, outputs, mask, False)
+
+    def _mask(self, name: str, layer: Any, inputs: Tensor, call: Call) -> Tensor | None:
+        if call.again and not call.masks and self._masks.used and not layer.unmaskable:
+            self._refuse(name, RECOMPUTED)
+        return self._masks.fitting(layer, call.masks, inputs)
+
+    def _reduce(self, name: str, use: Use, call: Call | None) -> None:
+        """Reduce a use, or hold it until those are there that belong to it."""
+        if self._passes is None:
+            found = self.core.reduce(self.state, name, use.inputs, use.output_grads, mask=use.mask, use=use.layer)
+            merge(self._statistics, found)
+        elif self.method.fisher == "empirical":
+            self._passes.fired(name, use, call is not None and call.again)
+        else:
+            self._passes.hold(name, use)
 
     def _take(self, name: str, uses: list[Use]) -> None:
         merge(self._statistics, self.core.reduce_all(self.state, name, uses))
@@ -227,6 +273,7 @@ class Engine:
             return grads, None, self._count_terms(terms)
         if self._passes is not None:
             self._passes.close()
+        self._masks.check_fitted()
         self._check_captured(grads)
         # in the order of the model, which is the same on all ranks
         statistics = {name: self._statistics[name] for name in self.core.preconditioner.blocks if name in self._statistics}
@@ -375,6 +422,11 @@ class Engine:
         return next(core.preconditioner.blocks[name].method.name for name in core.model.others)
 
 
-def _rows(layer: Any, outputs: tuple[int, ...]) -> int:
-    """Outputs of a layer, of all examples and at all positions."""
-    return math.prod(outputs) // (layer.size if isinstance(layer, Norm) else layer.shape[0] * math.prod(layer.stack))
+def _terms(layer: Any, outputs: tuple[int, ...], mask: Tensor | None, per_entry: bool) -> float | Tensor:
+    """Outputs of a layer, of all examples and at all positions that are real, or the numbers in them."""
+    width = layer.size if isinstance(layer, Norm) else layer.shape[0] * math.prod(layer.stack)
+    if mask is None:
+        rows: float | Tensor = math.prod(outputs) // width
+    else:
+        rows = float(mask.sum()) if mask.is_cpu else mask.sum()
+    return rows * width if per_entry else rows

@@ -51,7 +51,7 @@ class Passes:
 
         The reentrant kind of checkpoint runs a backward pass of its own there, whose uses belong to the pass around it.
         """
-        task = _task()
+        task = running()
         if task >= 0:
             self._enter(task)
             return True
@@ -61,7 +61,7 @@ class Passes:
 
     def fired(self, layer: str, use: Use, again: bool) -> None:
         """A backward pass came through a use; ``again`` is what :meth:`called` said of it."""
-        task = _task()
+        task = running()
         if not again and self._active != task:
             self.close()
             self._enter(task)
@@ -104,6 +104,6 @@ class Passes:
             self._reduce(layer, uses)
 
 
-def _task() -> int:
+def running() -> int:
     """Number of the running backward pass, or -1."""
     return torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
