@@ -327,6 +327,23 @@ def test_keys_of_another_sequence_follow_what_attention_is_told_of_them(lib, fir
         assert max(keys.values()) < 1e-12
 
 
+def test_keys_that_are_the_queries_follow_the_mask(lib):
+    """Where an example is none, attention must be told of a key all the same, for it would divide by zero without."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(E, 2, batch_first=True, **DOUBLE)
+    optimizer = Optimizer(module, kf.KFAC(damping=0.1), lr=0.05)
+    x, padding = torch.randn(N, T, E, **DOUBLE), ~MASK
+    none = MASK.clone()
+    none[0] = False
+    with optimizer.masked(none):
+        out = module(x, x, x, key_padding_mask=padding)[0]
+    out[none].square().sum().backward()
+    optimizer.step()
+    rows = x[none]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert lib.gap(lib.factors(optimizer, name)[0][:-1, :-1], rows.mT @ rows / len(rows)) < 1e-12
+
+
 # -- nesting, checkpoints, wrong calls ---------------------------------------------------------------------------------
 
 
@@ -362,6 +379,7 @@ def test_masks_survive_checkpoints_or_the_layer_is_refused(lib, reentrant, insid
             if inside:
                 loss.backward()
         if not inside:
+            optimizer.zero_grad()  # which forgets what came, not what was called
             loss.backward()
         if kind == "checkpoint" and reentrant and not inside:
             with pytest.warns(UserWarning, match=r"layer '(norm|a)' has no statistics.*no mask is known"):
