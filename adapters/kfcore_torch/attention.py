@@ -78,21 +78,22 @@ class Watch:
             self._mode.__exit__(None, None, None)
             self._mode = None
 
-    def attach(self) -> list[Any]:
-        """Hook the module; gives handles that have ``remove``."""
+    def attach(self, capture: Any) -> list[Any]:
+        """Hook the module for ``capture``, a weak reference; gives handles that have ``remove``."""
         module = self._module()
         assert module is not None
-        first = module.register_forward_pre_hook(_Hook(self.before), with_kwargs=True)
-        return [first, module.register_forward_hook(_Hook(self.after), always_call=True)]
+        first = module.register_forward_pre_hook(Hook(self.before, capture), with_kwargs=True)
+        return [first, module.register_forward_hook(Hook(self.after, capture), always_call=True)]
 
 
-class _Hook:
+class Hook:
     """A hook that serves one module; a copied or unpickled module carries an inert one."""
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self._call = call
+    def __init__(self, call: Callable[..., None] | None = None, capture: Any = None) -> None:
+        self._call, self.capture = call, capture
 
     def __call__(self, *args: Any) -> None:
+        """Run it."""
         # a compiler leaves the hook out of its program, and compiles what is between two of them under the mode, or leaves it out too
         (self._outside if torch.compiler.is_compiling() else self._run)(*args)
 
@@ -102,11 +103,11 @@ class _Hook:
 
     _outside: Any = torch.compiler.disable(_run)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 class _Mode(TorchFunctionMode):

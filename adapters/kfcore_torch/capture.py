@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from kfcore_torch import attention
 from kfcore_torch.attention import Projection, Watch
 from kfcore_torch.views import Reader, View
 
@@ -92,7 +93,7 @@ class Capture:
                 capture.use(layer, inputs, output, training, view, padding)
 
         for module, projections in attentions:
-            self._handles += Watch(module, projections, wanted, seen).attach()
+            self._handles += Watch(module, projections, wanted, seen).attach(me)
 
     def _looking(self) -> bool:
         return (self.wanted or self.counting) and torch.is_grad_enabled()
@@ -184,6 +185,13 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
         return _Inert, ()
+
+
+def captures_of(model: nn.Module) -> list[Capture]:
+    """Those whose hooks are on ``model``."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    found = [hook.capture() for hook in hooks if isinstance(hook, (_Hook, attention.Hook)) and hook.capture is not None]
+    return list({id(capture): capture for capture in found if capture is not None}.values())
 
 
 class _Inert:

@@ -229,7 +229,7 @@ class Engine:
             raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
         self.capture.wanted = False  # a checkpointed region runs its forward pass again in here
         try:
-            for seen in pull_back(self.method, self.loss, outputs, targets, generator, uses):
+            for _, seen in pull_back(self.method, self.loss, outputs, targets, generator, uses):
                 with torch.no_grad():
                     for use, grad in seen:
                         self.capture.deliver(use, grad)

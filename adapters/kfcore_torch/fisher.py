@@ -19,8 +19,8 @@ def pull_back(
     targets: Tensor | None,
     generator: torch.Generator | None,
     uses: list[Use],
-) -> Iterator[list[tuple[Use, Tensor]]]:
-    """For each vector the uses of layers with their gradients. No ``.grad`` is touched and the graph is kept."""
+) -> Iterator[tuple[Tensor, list[tuple[Use, Tensor]]]]:
+    """Each vector, and the uses of layers with their gradients for it. No ``.grad`` is touched and the graph is kept."""
     edges = [use.edge for use in uses]
     detached = outputs.detach()
 
@@ -32,4 +32,4 @@ def pull_back(
     assert method.fisher in ("mc", "exact")
     for vector in fisher_vectors(method.fisher, loss, detached, targets, draw=draw, samples=method.mc_samples):
         grads = torch.autograd.grad(outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True)
-        yield [(use, grad) for use, grad in zip(uses, grads, strict=True) if grad is not None]
+        yield vector, [(use, grad) for use, grad in zip(uses, grads, strict=True) if grad is not None]

@@ -96,12 +96,17 @@ class Passes:
             self.close()
 
     def _take(self, layer: str) -> None:
-        batches: dict[int, list[Use]] = {}
-        for use in self._held.pop(layer):
-            assert use.output_grads is not None
-            batches.setdefault(use.output_grads.shape[0], []).append(use)
-        for uses in batches.values():
+        for uses in batches_of(self._held.pop(layer)):
             self._reduce(layer, uses)
+
+
+def batches_of(uses: list[Use]) -> list[list[Use]]:
+    """Uses in one backward pass by batch: those by equally many examples."""
+    batches: dict[int, list[Use]] = {}
+    for use in uses:
+        assert use.output_grads is not None
+        batches.setdefault(use.output_grads.shape[0], []).append(use)
+    return list(batches.values())
 
 
 def running() -> int:
