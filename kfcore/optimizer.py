@@ -270,14 +270,14 @@ class ModelOptimizer:
             if due is True and self.method.fisher == "empirical":
                 seen.update(new)
             for name, block in self.preconditioner.blocks.items():
-                if Needs.GRADIENT not in block.method.requires(block.layer):
+                needs = block.method.requires(block.layer)
+                if Needs.GRADIENT not in needs:
                     continue
-                if name not in matrices:
-                    new.pop(name, None)  # the rest alone would be no statistics of this block
-                    continue
-                old = curvature.blocks[name]
-                found = block.method.reduce(block.layer, old, grad=matrices[name], terms=terms)
-                new[name] = new[name] + found if name in new else found
+                captured = new.pop(name, None)
+                # a method that wants both observes both or none
+                if name in matrices and (captured is not None or Needs.INPUTS not in needs):
+                    found = block.method.reduce(block.layer, curvature.blocks[name], grad=matrices[name], terms=terms)
+                    new[name] = found if captured is None else captured + found
             return self.preconditioner.observe(curvature, new) if new else curvature
 
         return cond(due, take, lambda old: old, curvature), seen

@@ -63,6 +63,18 @@ def scales(xp: Namespace, uses: Sequence[Use], left: Array | None, right: Array 
     return fold(xp, part, arrays, axes, max(1, ROOM // max(1, sum(_numbers(use) for use in split))))
 
 
+def example_gradients(xp: Namespace, uses: Sequence[Use], dtype: object) -> Array:
+    """Gradients of single examples ``[..., K, N, out, in]``, K Fisher vectors of each, summed over its positions and over ``uses``.
+
+    They are ``K N out in`` numbers, and for a table as many one-hot rows as positions: for analysis of small batches.
+    """
+    total: Any = 0.0
+    for use in uses:
+        g, a = _rows(xp, _split(xp, [use])[0], dtype)
+        total = total + g.mT @ a[..., None, :, :, :]
+    return total
+
+
 @primitive
 def fold(xp: Namespace, function: Callable[..., Array], arrays: list[Array], axes: list[int], step: int) -> Array:
     """Sum of ``function(*parts)`` over parts of ``arrays`` along their ``axes``, of equal length, ``step`` entries at a time at most."""

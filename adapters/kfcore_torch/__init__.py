@@ -1,9 +1,10 @@
 """kfcore for PyTorch: capture by hooks, and a real ``torch.optim.Optimizer``."""
 
 from kfcore_torch import kernels as _kernels
+from kfcore_torch.checking import SelfCheck, self_check
 from kfcore_torch.optimizer import Optimizer
 from kfcore_torch.preconditioner import Preconditioner
 
 _kernels.register()
 
-__all__ = ["Optimizer", "Preconditioner"]
+__all__ = ["Optimizer", "Preconditioner", "SelfCheck", "self_check"]

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kfcore_torch.views import View
 
-Seen = Callable[[str, Tensor, Tensor, bool, View], None]
+Seen = Callable[[str, Tensor, Tensor, bool, View, Tensor | None], None]
 
 
 class Projection(NamedTuple):
@@ -30,6 +30,11 @@ class Projection(NamedTuple):
     weight: str
     """Attribute of the module, such as ``"out_proj.weight"``."""
     rows: tuple[int, int] | None
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether it is a projection of the keys or of the values."""
+        return self.weight in ("k_proj_weight", "v_proj_weight") or (self.rows is not None and self.rows[0] > 0)
 
 
 class Watch:
@@ -42,8 +47,9 @@ class Watch:
     wanted
         Asked before each forward pass whether to look.
     seen
-        Called as ``seen(layer, inputs, output, training, view)`` for every use of a layer. ``inputs`` are ``[N, S, in]``; ``view`` brings
-        an array of the shape of ``output`` (its gradient) to ``[N, S, out]``.
+        Called as ``seen(layer, inputs, output, training, view, padding)`` for every use of a layer. ``inputs`` are ``[N, S, in]``; ``view``
+        brings an array of the shape of ``output`` (its gradient) to ``[N, S, out]``; ``padding`` is the ``key_padding_mask`` where these
+        are keys or values, and the keys are not the queries.
     """
 
     def __init__(self, module: nn.Module, projections: Sequence[Projection], wanted: Callable[[], bool], seen: Seen) -> None:
@@ -58,10 +64,12 @@ class Watch:
         if self._module() is not module or not isinstance(query, Tensor) or not self._wanted():
             return
         examples = query.shape[0 if module.batch_first else 1] if query.ndim == 3 else 1
+        own = (args[1] if len(args) > 1 else kwargs.get("key")) is query
+        padding = None if own else args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
         if self._mode is not None:  # an interrupt from the keyboard calls no hooks: it is still active
-            self._mode.examples = examples
+            self._mode.examples, self._mode.padding = examples, padding
             return
-        self._mode = _Mode(module, self._projections, self._seen, examples)
+        self._mode = _Mode(module, self._projections, self._seen, examples, padding)
         self._mode.__enter__()
 
     def after(self, module: nn.Module, *rest: Any) -> None:
@@ -70,21 +78,22 @@ class Watch:
             self._mode.__exit__(None, None, None)
             self._mode = None
 
-    def attach(self) -> list[Any]:
-        """Hook the module; gives handles that have ``remove``."""
+    def attach(self, capture: Any) -> list[Any]:
+        """Hook the module for ``capture``, a weak reference; gives handles that have ``remove``."""
         module = self._module()
         assert module is not None
-        first = module.register_forward_pre_hook(_Hook(self.before), with_kwargs=True)
-        return [first, module.register_forward_hook(_Hook(self.after), always_call=True)]
+        first = module.register_forward_pre_hook(Hook(self.before, capture), with_kwargs=True)
+        return [first, module.register_forward_hook(Hook(self.after, capture), always_call=True)]
 
 
-class _Hook:
+class Hook:
     """A hook that serves one module; a copied or unpickled module carries an inert one."""
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self._call = call
+    def __init__(self, call: Callable[..., None] | None = None, capture: Any = None) -> None:
+        self._call, self.capture = call, capture
 
     def __call__(self, *args: Any) -> None:
+        """Run it."""
         # a compiler leaves the hook out of its program, and compiles what is between two of them under the mode, or leaves it out too
         (self._outside if torch.compiler.is_compiling() else self._run)(*args)
 
@@ -94,20 +103,20 @@ class _Hook:
 
     _outside: Any = torch.compiler.disable(_run)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 class _Mode(TorchFunctionMode):
     """Sees the products with the weights of a module while its forward pass runs."""
 
-    def __init__(self, module: nn.Module, projections: Sequence[Projection], seen: Seen, examples: int) -> None:
+    def __init__(self, module: nn.Module, projections: Sequence[Projection], seen: Seen, examples: int, padding: Tensor | None) -> None:
         super().__init__()
         self._module, self._projections, self._seen = module, projections, seen
-        self.examples = examples
+        self.examples, self.padding = examples, padding
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -121,7 +130,8 @@ class _Mode(TorchFunctionMode):
 
     def _product(self, inputs: Tensor, weight: Tensor, output: Tensor) -> None:
         """Report the layers whose rows are in ``weight``, which is one of the module's or a view of some of its rows."""
-        for layer, attribute, rows in self._projections:
+        for projection in self._projections:
+            layer, attribute, rows = projection
             held = operator.attrgetter(attribute)(self._module)
             if held is None or _base(weight) is not _base(held) or not held.numel():
                 continue
@@ -130,7 +140,8 @@ class _Mode(TorchFunctionMode):
             start, stop = start - first, stop - first
             if start >= 0 and stop <= weight.shape[0]:
                 rows = _Rows(self.examples, start, stop)
-                self._seen(layer, _positions(inputs, self.examples), output, self._module.training, rows)
+                padding = self.padding if projection.of_keys else None
+                self._seen(layer, _positions(inputs, self.examples), output, self._module.training, rows, padding)
 
 
 class _Rows(NamedTuple):

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from kfcore_torch import attention
 from kfcore_torch.attention import Projection, Watch
 from kfcore_torch.views import Reader, View
 
-Sink = Callable[[str, Tensor, Tensor | None, tuple[int, ...]], None]
+Sink = Callable[[str, Tensor, Tensor | None, tuple[int, ...], Any], None]
 Refuse = Callable[[str, str], None]
 
 
@@ -30,12 +31,17 @@ class Use(NamedTuple):
     """Of the output in the graph."""
     view: View | str | None
     """See :mod:`kfcore_torch.views`; ``None`` where the layer takes what the module does, a text where this is no use of it."""
+    call: Any
+    """What :attr:`Capture.called` gave."""
 
 
 class Capture:
     """Hooks on the layers of a model.
 
-    They feed the sink while ``wanted``, and with a sink that needs the output gradients at every step also while ``counting``.
+    They feed the sink while ``wanted``, and with a sink that needs the output gradients at every step also while ``counting``. Where more
+    is to be known of a use than its arrays, ``called`` is run at each call with the layer's name and, for the keys and values of attention
+    that are not those of its queries, its ``key_padding_mask``. Examples then come first in all arrays (see
+    :data:`kfcore_torch.views.Reader`).
 
     Parameters
     ----------
@@ -44,7 +50,8 @@ class Capture:
     attentions
         Attention modules with the layers inside of them.
     sink
-        Called as ``sink(layer, inputs, output_grads, shape of the output)`` for every use of a layer.
+        Called as ``sink(layer, inputs, output_grads, shape of the output, call)`` for every use of a layer, ``call`` being what
+        :attr:`called` gave at the call, or ``None``.
     refuse
         Called as ``refuse(layer, reason)`` for every call that is no use of the layer although its module is the layer's.
     output_grads
@@ -65,6 +72,7 @@ class Capture:
     ) -> None:
         self.wanted = True
         self.counting = False
+        self.called: Callable[[str, Tensor | None], Any] | None = None
         self._sink, self._refuse = sink, refuse
         self._output_grads = output_grads
         self._deferred = deferred
@@ -79,56 +87,65 @@ class Capture:
             capture = me()
             return capture is not None and capture._looking()
 
-        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, view: View) -> None:
+        def seen(layer: str, inputs: Tensor, output: Tensor, training: bool, view: View, padding: Tensor | None) -> None:
             capture = me()
             if capture is not None:
-                capture.use(layer, inputs, output, training, view)
+                capture.use(layer, inputs, output, training, view, padding)
 
         for module, projections in attentions:
-            self._handles += Watch(module, projections, wanted, seen).attach()
+            self._handles += Watch(module, projections, wanted, seen).attach(me)
 
     def _looking(self) -> bool:
         return (self.wanted or self.counting) and torch.is_grad_enabled()
 
-    def use(self, layer: str, inputs: Tensor, output: Tensor, training: bool, view: View | str | None = None) -> None:
+    def use(
+        self,
+        layer: str,
+        inputs: Tensor,
+        output: Tensor,
+        training: bool,
+        view: View | str | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
         """A layer was called; ``view`` gives what it takes, where that is not what its module was called with and gave."""
         if not self._looking() or not output.requires_grad:
             return
         inputs = inputs.detach()
+        call = None if self.called is None else self.called(layer, padding)
         if not self._output_grads:
             if training:
-                self._give(layer, inputs, output.detach(), view)
+                self._give(layer, inputs, output.detach(), view, call)
         elif self._deferred:
-            self._uses.append(Use(layer, inputs, torch.autograd.graph.get_gradient_edge(output), view))
+            self._uses.append(Use(layer, inputs, torch.autograd.graph.get_gradient_edge(output), view, call))
         else:
             me = weakref.ref(self)
 
             def fire(grad: Tensor) -> None:
                 capture = me()
                 if capture is not None and (capture.wanted or capture.counting):
-                    capture._fire(layer, inputs, grad, view)
+                    capture._fire(layer, inputs, grad, view, call)
 
             output.register_hook(fire)
 
-    def _fire(self, layer: str, inputs: Tensor, grad: Tensor, view: View | str | None) -> None:
+    def _fire(self, layer: str, inputs: Tensor, grad: Tensor, view: View | str | None, call: Any) -> None:
         if torch.is_grad_enabled():  # a backward pass that is to be differentiated
             with torch.no_grad():
-                self._give(layer, inputs, grad.detach(), view)
+                self._give(layer, inputs, grad.detach(), view, call)
         else:
-            self._give(layer, inputs, grad, view)
+            self._give(layer, inputs, grad, view, call)
 
     def deliver(self, use: Use, grad: Tensor) -> None:
         """The output gradient of a deferred use."""
-        self._give(use.layer, use.inputs, grad, use.view)
+        self._give(use.layer, use.inputs, grad, use.view, use.call)
 
-    def _give(self, layer: str, inputs: Tensor, y: Tensor, view: View | str | None) -> None:
+    def _give(self, layer: str, inputs: Tensor, y: Tensor, view: View | str | None, call: Any) -> None:
         """Hand a use to the sink; ``y`` is the output gradient, or the output where no gradients are wanted."""
         if isinstance(view, str):
             self._refuse(layer, view)
             return
         if view is not None:
             inputs, y = view(inputs, y)
-        self._sink(layer, inputs, y if self._output_grads else None, y.shape)
+        self._sink(layer, inputs, y if self._output_grads else None, y.shape, call)
 
     def take(self) -> list[Use]:
         """The deferred uses since the last call."""
@@ -158,7 +175,8 @@ class _Hook:
         capture = self.capture()
         if capture is not None and self.module() is module:
             inputs = args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"]  # which is that of nn.RMSNorm
-            capture.use(self.layer, inputs, output, module.training, self.reader and self.reader(module))
+            view = self.reader and self.reader(module, capture.called is not None)
+            capture.use(self.layer, inputs, output, module.training, view)
 
     _outside: Any = torch.compiler.disable(_use)
 
@@ -167,6 +185,13 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
         return _Inert, ()
+
+
+def captures_of(model: nn.Module) -> list[Capture]:
+    """Those whose hooks are on ``model``."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    found = [hook.capture() for hook in hooks if isinstance(hook, (_Hook, attention.Hook)) and hook.capture is not None]
+    return list({id(capture): capture for capture in found if capture is not None}.values())
 
 
 class _Inert:

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,22 @@ import kfcore
 from kfcore import Loss, Method, ModelOptimizer, Needs, Norm, OptimizerState, StepSize
 from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, renamed, to_arrays, write
 from kfcore.optimizer import merge
+from kfcore.statistics import Use
 from kfcore_torch.capture import Capture
 from kfcore_torch.examples import Examples
 from kfcore_torch.fisher import pull_back
 from kfcore_torch.layout import Layout, layout
+from kfcore_torch.masks import RECOMPUTED, Masks, checked
+from kfcore_torch.passes import Passes, running
 from kfcore_torch.sites import NormBlock, Sharing, as_used, coupled
+
+
+class Call(NamedTuple):
+    """What is known of a call of a layer besides its arrays."""
+
+    masks: tuple[Tensor, ...]
+    again: bool
+    """Whether it was inside a backward pass, which computes a checkpointed region again."""
 
 
 class Engine:
@@ -64,6 +76,9 @@ class Engine:
         # decided once: a plan made anew during training may find another mode
         self._excluded: dict[str, str] = coupled(module)
         self._warned: set[str] = set()
+        self._told: set[str] = set()
+        self._passes: Passes | None = None
+        self._masks = Masks()
         self.capture: Capture | None = None
         self.plan(trained)
 
@@ -77,15 +92,16 @@ class Engine:
             lines = [f"{name} ({found.reasons.get(name, 'no layer')})" for name in found.model.others]
             raise ValueError(f"`strict` is set, but these parameters would fall back to {self._fallback(core)}: {'; '.join(lines)}")
         self.layout, self.core = found, core
-        self._examples = Examples.of(found.model.layers)
+        needs = Needs.NOTHING
+        for name in found.model.layers:
+            needs |= core.needs(name)
+        self._passes = Passes(self._take, self._refuse) if Needs.ALL_USES in needs else None
+        self._examples = Examples.of(found.model.layers, squared=self._passes is not None)
         self.state: OptimizerState = core.init({n: p.detach() for n, p in found.values().items()})
         if old is not None:
             self._adopt(*old)
         if self.capture is not None:
             self.capture.remove()
-        needs = Needs.NOTHING
-        for name in found.model.layers:
-            needs |= core.needs(name)
         self.capture = Capture(
             found.calls(),
             found.attentions(),
@@ -113,36 +129,88 @@ class Engine:
         self._statistics: dict[str, Any] = {}
         self._terms: float | Tensor = 0.0
         self._output_layer: str | None = None
-        self._called: dict[str, int] = {}
+        self._counts: dict[str, Any] = {}
         self._refused: dict[str, str] = {}
         if self._examples is not None:
             self._examples.clear()
+        if self._passes is not None:
+            self._passes.clear()
+        self._masks.clear()
         assert self.capture is not None
         self.capture.take()
 
     def moved(self) -> None:
         """The state is another one: forget what was captured, and see whether the coming step wants statistics."""
         self.clear()
+        if self._passes is not None:
+            self._passes.forget()
+        self._masks.forget()
+        self._attend()
         assert self.capture is not None
         self.capture.wanted = bool(self.core.stats_due(self.state))
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
-    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...]) -> None:
+    def masked(self, mask: Tensor) -> AbstractContextManager[None]:
+        """See :meth:`kfcore_torch.Optimizer.masked`."""
+        return self._under(checked(mask))
+
+    @contextmanager
+    def _under(self, mask: Tensor) -> Iterator[None]:
+        try:
+            with self._masks.under(mask):
+                self._attend()
+                yield
+        finally:
+            self._attend()
+
+    def _attend(self) -> None:
+        """Look at calls where more than their arrays counts."""
+        assert self.capture is not None
+        wanted = self._passes is not None or self._masks.active or self._masks.used
+        self.capture.called = self._called if wanted else None
+
+    def _called(self, name: str, padding: Tensor | None) -> Call:
+        return Call(self._masks.called(padding), running() >= 0 if self._passes is None else self._passes.called(name))
+
+    def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...], call: Call | None) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
-        if self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact"):
-            if self._examples is not None:
+        wanted = self.capture is None or self.capture.wanted or self.method.fisher in ("mc", "exact")
+        mask = None
+        if wanted or (call is not None and call.masks):
+            if wanted and self._examples is not None:
                 self._examples.note(name, inputs.shape)
-            merge(self._statistics, self.core.reduce(self.state, name, *layer.capture(inputs, grads), use=layer))
+            inputs, taken = layer.capture(inputs, grads)
+            if call is not None:
+                mask = self._mask(name, layer, inputs, call)
+            if wanted:
+                self._reduce(name, Use(layer, inputs, taken, mask), call)
         if self.method.fisher == "empirical" and grads is not None:
             # the backward pass reaches the output layer first, and its rows are the terms of the loss
             self._output_layer = self._output_layer or name
             if name == self._output_layer:
-                self._terms += math.prod(outputs) if getattr(self.loss, "per_entry", False) else _rows(layer, outputs)
+                self._terms += _terms(layer, outputs, mask, getattr(self.loss, "per_entry", False))
         elif self.method.fisher == "forward":
             # nothing tells the order of the backward pass: the layer that was called last stands for the output layer
-            self._called[name] = self._called.get(name, 0) + _rows(layer, outputs)
-            self._terms = float(self._called[name])
+            self._terms = self._counts[name] = self._counts.get(name, 0.0) + _terms(layer, outputs, mask, False)
+
+    def _mask(self, name: str, layer: Any, inputs: Tensor, call: Call) -> Tensor | None:
+        if call.again and not call.masks and self._masks.used and not layer.unmaskable:
+            self._refuse(name, RECOMPUTED)
+        return self._masks.fitting(layer, call.masks, inputs)
+
+    def _reduce(self, name: str, use: Use, call: Call | None) -> None:
+        """Reduce a use, or hold it until those are there that belong to it."""
+        if self._passes is None:
+            found = self.core.reduce(self.state, name, use.inputs, use.output_grads, mask=use.mask, use=use.layer)
+            merge(self._statistics, found)
+        elif self.method.fisher == "empirical":
+            self._passes.fired(name, use, call is not None and call.again)
+        else:
+            self._passes.hold(name, use)
+
+    def _take(self, name: str, uses: list[Use]) -> None:
+        merge(self._statistics, self.core.reduce_all(self.state, name, uses))
 
     def _refuse(self, name: str, why: str) -> None:
         self._refused[name] = why
@@ -161,7 +229,12 @@ class Engine:
             raise RuntimeError("`outputs` come from no captured forward pass: call the model, with gradients enabled, before this")
         self.capture.wanted = False  # a checkpointed region runs its forward pass again in here
         try:
-            pull_back(self.method, self.loss, outputs, targets, generator, uses, self.capture.deliver)
+            for _, seen in pull_back(self.method, self.loss, outputs, targets, generator, uses):
+                with torch.no_grad():
+                    for use, grad in seen:
+                        self.capture.deliver(use, grad)
+                    if self._passes is not None:
+                        self._passes.close()
         finally:
             self.capture.wanted = True
 
@@ -198,8 +271,12 @@ class Engine:
             raise TypeError(f"sparse gradients are not supported, got one for {sparse[0]!r}: use sparse=False in that embedding")
         if not self.capture.wanted:
             return grads, None, self._count_terms(terms)
+        if self._passes is not None:
+            self._passes.close()
+        self._masks.check_fitted()
         self._check_captured(grads)
-        statistics = {name: part for name, part in self._statistics.items() if name in self.core.preconditioner.blocks}
+        # in the order of the model, which is the same on all ranks
+        statistics = {name: self._statistics[name] for name in self.core.preconditioner.blocks if name in self._statistics}
         terms = self._count_terms(terms)
         if self.all_reduce is not None:
             statistics, terms = self.core.across(statistics, terms, self._sum_over_ranks)
@@ -225,6 +302,10 @@ class Engine:
         for name in refused:
             for block in self.layout.model.blocks(name).values():
                 self._statistics.pop(block, None)
+        for name, how in ({} if self._examples is None else self._examples.uneven).items():
+            if name not in self._told:
+                self._told.add(name)
+                warnings.warn(f"layer {name!r} has scales of the gradients of {how}", stacklevel=5)
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
         for name in self.layout.model.layers:
             blocks = self.layout.model.blocks(name).values()
@@ -341,6 +422,11 @@ class Engine:
         return next(core.preconditioner.blocks[name].method.name for name in core.model.others)
 
 
-def _rows(layer: Any, outputs: tuple[int, ...]) -> int:
-    """Outputs of a layer, of all examples and at all positions."""
-    return math.prod(outputs) // (layer.size if isinstance(layer, Norm) else layer.shape[0] * math.prod(layer.stack))
+def _terms(layer: Any, outputs: tuple[int, ...], mask: Tensor | None, per_entry: bool) -> float | Tensor:
+    """Outputs of a layer, of all examples and at all positions that are real, or the numbers in them."""
+    width = layer.size if isinstance(layer, Norm) else layer.shape[0] * math.prod(layer.stack)
+    if mask is None:
+        rows: float | Tensor = math.prod(outputs) // width
+    else:
+        rows = float(mask.sum()) if mask.is_cpu else mask.sum()
+    return rows * width if per_entry else rows

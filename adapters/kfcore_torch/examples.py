@@ -5,6 +5,9 @@ are added to those of every example, and its output gradients are sums over the 
 gradients. There are as many examples as most layers saw, and a table or a normalisation that saw another number of them is a stray.
 So is a table called with ids on one axis where there are as many positions as examples, for those may be either; unless a batch before
 told which.
+
+Dense layers and convolutions have what stands on their first axis for examples. Their factors do not ask whether that is so; the scales of
+EKFAC are then those of these entries, which is said once.
 """
 
 from __future__ import annotations
@@ -22,21 +25,31 @@ class Examples:
 
     Dense layers and convolutions vote, but are no strays themselves: their factors do not ask which rows are of one example, and what
     a classifier does with a flattened batch is right.
+
+    Parameters
+    ----------
+    layers
+        By name.
+    squared
+        Whether gradients of single examples of all layers are looked at.
     """
 
-    def __init__(self, layers: Mapping[str, Any]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, Any], squared: bool = False) -> None:
+        self._layers, self._squared = layers, squared
         self._known: set[str] = set()
         self.clear()
 
     @classmethod
-    def of(cls, layers: Mapping[str, Any]) -> Examples | None:
+    def of(cls, layers: Mapping[str, Any], squared: bool = False) -> Examples | None:
         """``None`` where there is nothing to be checked."""
-        return cls(layers) if any(isinstance(layer, (Embedding, Norm)) for layer in layers.values()) else None
+        wanted = squared or any(isinstance(layer, (Embedding, Norm)) for layer in layers.values())
+        return cls(layers, squared) if wanted else None
 
     def clear(self) -> None:
         """Forget the shapes."""
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
+        self.uneven: dict[str, str] = {}
+        """Layers whose rows stand for examples although they are others than those of most layers, with how; known by :meth:`strays`."""
 
     def note(self, name: str, shape: tuple[int, ...]) -> None:
         """A layer was called with an array of this shape."""
@@ -55,9 +68,11 @@ class Examples:
         sizes = {size for of_layer in uses.values() for use in of_layer for size in use[1:]}
         found = {}
         for name, of_layer in uses.items():
-            if not isinstance(self._layers[name], (Embedding, Norm)):
-                continue
             strange = firsts[name] - batch
+            if not isinstance(self._layers[name], (Embedding, Norm)):
+                if strange and self._squared:
+                    self.uneven[name] = f"{_some(strange)} entries on the first axis of its input, not those of the {_some(batch)} examples"
+                continue
             if strange:
                 found[name] = f"the first axis of its input has {_some(strange)} entries, and is not that of the {_some(batch)} examples"
             elif isinstance(self._layers[name], Embedding):

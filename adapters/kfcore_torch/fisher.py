@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -19,9 +19,8 @@ def pull_back(
     targets: Tensor | None,
     generator: torch.Generator | None,
     uses: list[Use],
-    deliver: Callable[[Use, Tensor], None],
-) -> None:
-    """Call ``deliver`` with the gradient at every use of a layer, once a vector. No ``.grad`` is touched and the graph is kept."""
+) -> Iterator[tuple[Tensor, list[tuple[Use, Tensor]]]]:
+    """Each vector, and the uses of layers with their gradients for it. No ``.grad`` is touched and the graph is kept."""
     edges = [use.edge for use in uses]
     detached = outputs.detach()
 
@@ -33,7 +32,4 @@ def pull_back(
     assert method.fisher in ("mc", "exact")
     for vector in fisher_vectors(method.fisher, loss, detached, targets, draw=draw, samples=method.mc_samples):
         grads = torch.autograd.grad(outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True)
-        with torch.no_grad():
-            for use, grad in zip(uses, grads, strict=True):
-                if grad is not None:
-                    deliver(use, grad)
+        yield vector, [(use, grad) for use, grad in zip(uses, grads, strict=True) if grad is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,20 @@ class Shell:
             Source of the drawn labels.
         """
         self.engine.backward_fisher(outputs, targets, generator)
+
+    def masked(self, mask: Tensor) -> AbstractContextManager[None]:
+        """``with optimizer.masked(mask): loss = criterion(model(x), y)``, where some positions only fill up an array.
+
+        Every use of a layer in here whose positions have the shape of ``mask``, ``[N, S]`` or ``[N, ...]``, true where they are real, is
+        reduced as if the others were not there, whatever they hold. Uses with other positions, as behind a pooling, are left alone, and so
+        are convolutions. The loss must leave the same positions out. If masks are nested, each use takes the innermost that fits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``mask`` is no boolean tensor of positions; and :meth:`step` raises if no layer called in here had its positions.
+        """
+        return self.engine.masked(mask)
 
     def report(self) -> Report:
         """For every parameter of the model: its block, why, sizes, bytes, operations a refresh and a step. Prints as a table."""

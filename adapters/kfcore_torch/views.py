@@ -18,8 +18,11 @@ from kfcore import Norm
 
 View = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a module's input, and its output or the gradient of that; gives what the layer takes for both."""
-Reader = Callable[[nn.Module], View | str]
-"""Called with each call of a module: how to view it, or why this is no use of the layer."""
+Reader = Callable[[nn.Module, bool], View | str | None]
+"""Called with a module at each call of it, and whether the examples must come first even where sums over all rows would not ask for that.
+
+Gives how to view the call, ``None`` for as it is, or why it is no use of the layer.
+"""
 
 SHAPED = (nn.LayerNorm, nn.RMSNorm)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -55,14 +58,14 @@ def reader_of(module: nn.Module, layer: Any, examples: int | None) -> Reader | N
     """
     if isinstance(layer, Norm):
         return functools.partial(_read_norm, examples)
-    by_example = getattr(layer, "bias", None) == "separate" or getattr(layer, "sharing", None) == "reduce"
-    if examples is None or not by_example:  # sums over all rows do not ask which are of one example
+    if examples is None:
         return None
     view = functools.partial(_ordered, examples)
-    return lambda module: view
+    by_example = getattr(layer, "bias", None) == "separate" or getattr(layer, "sharing", None) == "reduce"
+    return lambda module, ordered: view if ordered or by_example else None
 
 
-def _read_norm(examples: int | None, module: nn.Module) -> View | str:
+def _read_norm(examples: int | None, module: nn.Module, ordered: bool) -> View | str:
     of: Any = module
     own = isinstance(module, INSTANCE) and (module.training or not of.track_running_stats)
     return coupling(module) or functools.partial(_normalised, module, own, examples)

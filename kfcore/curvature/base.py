@@ -32,6 +32,8 @@ class Needs(enum.Flag):
     """Inputs and output gradients of the same rows in one call."""
     GRADIENT = enum.auto()
     """The gradient of the parameter itself."""
+    ALL_USES = enum.auto()
+    """All uses of the layer by the same examples in one call of :meth:`Method.reduce_all`, for it looks at gradients of single examples."""
 
 
 class Cost(NamedTuple):

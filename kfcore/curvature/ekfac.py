@@ -106,10 +106,10 @@ class EKFAC(Kronecker):
             raise ValueError(f"`fisher` of EKFAC with scales='gradient' must be 'empirical', got {self.fisher!r}")
 
     def requires(self, layer: Layer) -> Needs:
-        """Inputs and output gradients of the same rows; with ``scales="gradient"`` each by itself, and the gradient."""
+        """Inputs and output gradients of the same rows, of all uses; with ``scales="gradient"`` each by itself, and the gradient."""
         if self.scales == "gradient":
             return super().requires(layer) | Needs.GRADIENT
-        return Needs.INPUTS | Needs.OUTPUT_GRADS | Needs.TOGETHER
+        return Needs.INPUTS | Needs.OUTPUT_GRADS | Needs.TOGETHER | Needs.ALL_USES
 
     def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> EKFACState:
         """Empty averages, scales of one and a basis that is the identity."""

@@ -83,8 +83,8 @@ def rebuilt(model, backward, **options):
     xp = kf._array.namespace(next(iter(layout.values().values())))
     sums, sizes, moments, reduce = {}, {}, {}, core.reduce
 
-    def record(state, name, inputs, output_grads, use=None):
-        found = reduce(state, name, inputs, output_grads, use=use)
+    def record(state, name, inputs, output_grads, mask=None, use=None):
+        found = reduce(state, name, inputs, output_grads, mask=mask, use=use)
         for suffix, layer in (use or core.model.layers[name]).blocks().items():
             a = layer.input_rows(xp, inputs, output_grads.dtype)
             g = layer.output_rows(xp, output_grads, output_grads.dtype, inputs)

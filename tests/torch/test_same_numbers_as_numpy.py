@@ -25,7 +25,22 @@ STEPS = {
 }
 
 
-def numpy_run(lib, method, options, steps, bias="joint", fisher="empirical"):
+EKFACS = {
+    "ekfac": kf.EKFAC(damping=0.05, stats_every=2, refresh_every=5),
+    "of the batch, reset": kf.EKFAC(damping=0.05, refresh_every=7, scales="batch", moved="reset"),
+    "of the gradient": kf.EKFAC(damping=0.05, refresh_every=5, scales="gradient"),
+    "relative damping, measured again": kf.EKFAC(damping=kf.Damping(0.5, "exact", relative=True), refresh_every=5, moved="measure"),
+}
+
+
+def inputs(lib, step, dead):
+    """A batch; the first ``dead`` of its features are zero, so that a factor has a null space."""
+    x, y = lib.data(seed=step, n=32)
+    x[:, :dead] = 0.0
+    return x, y
+
+
+def numpy_run(lib, method, options, steps, bias="joint", fisher="empirical", dead=0):
     net = lib.mlp(SIZES)
     linears = [m for m in net if isinstance(m, torch.nn.Linear)]
     params = {f"l{i}": {"weight": m.weight.detach().numpy().copy(), "bias": m.bias.detach().numpy().copy()} for i, m in enumerate(linears)}
@@ -34,7 +49,7 @@ def numpy_run(lib, method, options, steps, bias="joint", fisher="empirical"):
     optimizer = kf.Optimizer(method, layers, learning_rate=0.05, **options)
     state = optimizer.init(params)
     for step in range(steps):
-        x, y = (t.numpy() for t in lib.data(seed=step, n=32))
+        x, y = (t.numpy() for t in inputs(lib, step, dead))
         hs = [x]
         for i in range(3):
             z = hs[-1] @ params[f"l{i}"]["weight"].T + params[f"l{i}"]["bias"]
@@ -50,10 +65,10 @@ def numpy_run(lib, method, options, steps, bias="joint", fisher="empirical"):
     return np.concatenate([np.concatenate([p["weight"].ravel(), p["bias"]]) for p in params.values()])
 
 
-def torch_run(lib, method, options, steps, **more):
+def torch_run(lib, method, options, steps, dead=0, **more):
     net = lib.mlp(SIZES)
     optimizer = Optimizer(net, method, lr=0.05, **options, **more)
-    return lib.train(net, optimizer, lib.batches(steps, first=0, n=32))
+    return lib.train(net, optimizer, [inputs(lib, step, dead) for step in range(steps)])
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS.keys())
@@ -68,6 +83,15 @@ def test_a_hundred_steps_agree_under_every_step_rule(lib, options):
 def test_a_hundred_steps_agree_under_every_damping(lib, damping):
     method, options = kf.KFAC(damping=damping, refresh_every=3), {"clip": 1e-3, "momentum": 0.0}
     assert lib.gap(numpy_run(lib, method, options, 100), torch_run(lib, method, options, 100)) <= 1e-10
+
+
+@pytest.mark.parametrize("dead", [0, 2], ids=["full", "with a null space"])
+@pytest.mark.parametrize("method", EKFACS.values(), ids=EKFACS)
+def test_a_hundred_steps_of_ekfac_agree(lib, method, dead):
+    options = {"clip": 1e-3, "momentum": 0.0}
+    theirs = torch_run(lib, method, options, 100, dead)
+    assert lib.gap(numpy_run(lib, method, options, 100, dead=dead), theirs) <= 1e-9
+    assert lib.gap(torch_run(lib, kf.KFAC(damping=method.damping, refresh_every=5), options, 100, dead), theirs) > 1e-3
 
 
 def test_a_hundred_steps_agree_with_the_forward_fisher(lib):
@@ -220,9 +244,10 @@ def sentences(step):
 
 @pytest.mark.parametrize("padding", [None, 2], ids=["plain", "padding"])
 @pytest.mark.parametrize("block", ["diagonal", "full"])
-@pytest.mark.parametrize("kind", ["factored", "exact"])
+@pytest.mark.parametrize("kind", ["factored", "exact", "ekfac"])
 def test_twenty_five_steps_of_tokens_agree(lib, kind, block, padding, tmp_path):
-    method = kf.KFAC(damping=kf.Damping(0.05, kind), stats_every=2, refresh_every=4)
+    schedule = {"stats_every": 2, "refresh_every": 4}
+    method = kf.EKFAC(damping=0.05, **schedule) if kind == "ekfac" else kf.KFAC(damping=kf.Damping(0.05, kind), **schedule)
     net, start = Tokens(padding), lib.weights(Tokens(padding))
     optimizer = Optimizer(net, method, lr=0.05, momentum=0.9, norm=block)
     layers = {"embed": kf.Embedding(9, 4, padding), "norm": kf.Norm(4, block=block), "head": kf.Linear(4, 3)}
