@@ -57,7 +57,7 @@ class Model:
         """As :meth:`value_grad_and_records`, with records also of what no layer of the core covers yet: all names in ``layout.sites``.
 
         A convolution has ``inputs [*stack, N, *spatial, in]``, a gather has ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop
-        that share a convolution are further examples.
+        that share a convolution are further entries along N, behind their example.
         """
         return self._captured(params, args, self.layout.sites)
 
@@ -74,7 +74,7 @@ class Model:
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
         layers = {name: [use.captured(inputs, pulled) for use in of_layer] for name, of_layer in uses.items()}
-        records = Records(layers, self._terms(found), self._uses(found))
+        records = Records(layers, self._terms(found), self._uses(found), _rounds(uses))
         records.gradients = leaves_of(grads)
         return ((value, aux) if self.has_aux else value), grads, records
 
@@ -127,14 +127,15 @@ class Model:
             vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
         pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
 
-        def record(use: Geometry) -> tuple[jax.Array, jax.Array]:
+        def record(use: Geometry) -> tuple[jax.Array, jax.Array | None]:
             """The vectors take their place behind the axes of the stack, as further examples."""
             axis, of_use = len(use.stack), {site.path: pulled[site.path] for site in use.sites}
             seen, grads = jax.vmap(lambda dy: use.captured(inputs, dy), out_axes=(None, axis))(of_use)
             merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
             return seen, grads.reshape(merged)
 
-        return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms, self._uses(found))
+        layers = {name: [record(use) for use in of_layer] for name, of_layer in uses.items()}
+        return Records(layers, terms, self._uses(found), _rounds(uses))
 
     def named_arrays(self, params: Any) -> dict[str, np.ndarray]:
         """Parameters as NumPy arrays by name: what a PyTorch ``state_dict`` of the same layers holds.
@@ -339,6 +340,12 @@ class _Tapped:
 
 def _sites(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[Path, Site]:
     return {site.path: site for of_layer in uses.values() for use in of_layer for site in use.sites}
+
+
+def _rounds(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[str, tuple[int, ...]]:
+    """Entries of one example at each use, of the layers where they are several."""
+    rounds = {name: tuple(use.rounds for use in of_layer) for name, of_layer in uses.items()}
+    return {name: of_layer for name, of_layer in rounds.items() if max(of_layer) > 1}
 
 
 def _zeros(sites: Mapping[Path, Site]) -> dict[Path, jax.Array]:
