@@ -7,6 +7,7 @@ from itertools import chain, islice
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from kfcore.statistics import Use
 
@@ -21,10 +22,11 @@ class Records:
     def __init__(
         self,
         layers: dict[str, list[tuple[jax.Array, jax.Array | None]]],
-        terms: float,
+        terms: float | jax.Array,
         uses: Mapping[str, tuple[Any, ...]] | None = None,
         rounds: Mapping[str, tuple[int, ...]] | None = None,
         parts: Mapping[str, tuple[int, ...]] | None = None,
+        masks: Mapping[str, list[jax.Array | None]] | None = None,
     ) -> None:
         self.layers = layers
         """By layer name ``(inputs [*stack, N, S, in], output_grads [*stack, K N, S, out])`` for each use, K the vectors pulled back.
@@ -39,20 +41,25 @@ class Records:
         loops, or of several frames an example."""
         self.parts = dict(parts or {})
         """By layer name, how many of its uses each micro-batch has; all are of one batch where it is not here."""
+        self.masks = dict(masks or {})
+        """By layer name ``[*stack, N, S]`` at each use, true at real positions, of the layers that have such a mask at some use."""
         self.terms = terms
-        """Number of terms in the loss: the rows of the output layer, unless told otherwise."""
+        """Number of terms in the loss: the rows of the output layer, those that are masked not counted, unless told otherwise."""
         self.gradients: dict[str, jax.Array] = {}
         """The gradients of the same evaluation by path. They do not leave the program they are computed in."""
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """Arrays; and the number of terms and the descriptions, which are static."""
-        return (self.layers,), (self.terms, *(tuple(static.items()) for static in (self.uses, self.rounds, self.parts)))
+        """Arrays; and the descriptions, which are static, as is the number of terms where no mask tells it."""
+        told = isinstance(self.terms, (int, float))
+        children = (self.layers, self.masks, None if told else self.terms)
+        return children, (self.terms if told else None, *(tuple(static.items()) for static in (self.uses, self.rounds, self.parts)))
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> Records:
         """Inverse of :meth:`tree_flatten`."""
         records = object.__new__(cls)
-        (records.layers,), (records.terms, *mappings) = children, static
+        (records.layers, records.masks, counted), (terms, *mappings) = children, static
+        records.terms = counted if terms is None else terms
         records.uses, records.rounds, records.parts = (dict(mapping) for mapping in mappings)
         records.gradients = {}
         return records
@@ -66,11 +73,12 @@ class Records:
         pairs = self.layers[name]
         n = len(pairs)
         described, rounds = self.uses.get(name, (None,) * n), self.rounds.get(name, (1,) * n)
+        masks = self.masks.get(name, (None,) * n)
         found: list[list[Use]] = []
-        for use, times, (inputs, grads) in zip(described, rounds, pairs, strict=True):
+        for use, times, mask, (inputs, grads) in zip(described, rounds, masks, pairs, strict=True):
             use = layer if use is None else use
             if apart or times == 1 or grads is None:
-                found.append([Use(use, inputs, grads)])
+                found.append([Use(use, inputs, grads, mask)])
                 continue
             sides = (_rounds(x, grads.ndim - 3, times) for x in (inputs, grads))
             found.append([Use(use, *side) for side in zip(*sides, strict=True)])
@@ -110,16 +118,17 @@ def accumulate(records: Records | Sequence[Records], *, loss_reduction: Literal[
     if any(part.layers.keys() != parts[0].layers.keys() for part in parts):
         raise ValueError("`records` must all be of one model; their layers differ")
     terms = sum(part.terms for part in parts)
+    some = terms if isinstance(terms, (int, float)) else jnp.maximum(terms, 1)
 
     def of_whole(part: Records, use: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         inputs, grads = use
-        return inputs, grads if grads is None or loss_reduction == "sum" else grads * (part.terms / terms)
+        return inputs, grads if grads is None or loss_reduction == "sum" else grads * (part.terms / some)
 
     names = list(parts[0].layers)
     layers = {name: [of_whole(part, use) for part in parts for use in part.layers[name]] for name in names}
 
     def joined(name: str, default: Any, of_part: str) -> tuple[Any, ...]:
-        return sum((getattr(part, of_part).get(name, (default,) * len(part.layers[name])) for part in parts), ())
+        return sum((tuple(getattr(part, of_part).get(name, (default,) * len(part.layers[name]))) for part in parts), ())
 
     uses = {name: joined(name, None, "uses") for name in names}
     rounds = {name: joined(name, 1, "rounds") for name in names}
@@ -130,6 +139,7 @@ def accumulate(records: Records | Sequence[Records], *, loss_reduction: Literal[
         {name: of_layer for name, of_layer in uses.items() if any(of_layer)},
         {name: of_layer for name, of_layer in rounds.items() if max(of_layer, default=1) > 1},
         own,
+        {name: list(joined(name, None, "masks")) for name in names if any(name in part.masks for part in parts)},
     )
 
 

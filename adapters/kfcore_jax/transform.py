@@ -245,7 +245,8 @@ class _Core:
 
         def whole(name: str) -> bool:
             layer, shapes = layout.model.layers[name], [dy.shape for _, dy in records.layers[name] if dy is not None]
-            if isinstance(layer, Embedding | Norm):
+            # what is masked has a part in the gradient, if not in the records
+            if isinstance(layer, Embedding | Norm) or name in records.masks:
                 return False
             shared = any(positions > 1 for *_, positions, _ in shapes)
             few = sum(shape[-3] * shape[-2] for shape in shapes) <= min(layer.shape)
