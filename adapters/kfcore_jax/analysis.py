@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 
@@ -40,6 +40,7 @@ from kfcore_jax.tap import TAP
 from kfcore_jax.views import Broadcast, Shape, View, exact, step_of
 
 ALONE = "without an axis of examples"
+Row = TypeVar("Row", bound=Dense | Convolution | Gather)
 
 
 @dataclass
@@ -197,16 +198,19 @@ class _Walk:
         if isinstance(found, str):
             self.found.use([weight], found)
             return BATCH
-        if isinstance(found, Gather):
-            _, rows, _ = found.output_axes
-            axes, count = self.examples.among(path, rows, site.output)
-            found = replace(found, examples=axes, count=count)
-            if not axes:
-                self.found.use([weight], f"gather {ALONE}")
-                return BATCH
+        assert not isinstance(found, Affine)
+        found = self._with_examples(found)
+        if isinstance(found, Gather) and not found.examples:
+            self.found.use([weight], f"gather {ALONE}")
+            return BATCH
         self.found.sites[path] = found
         # what is added to rows of a table is no bias
         return Output(path) if isinstance(found, Dense | Convolution) else BATCH
+
+    def _with_examples(self, found: Row) -> Row:
+        """The same geometry with the axes of its output that hold examples."""
+        axes, count = self.examples.among(found.site.path, found.output_axes[1], found.site.output)
+        return replace(found, examples=axes, count=count)
 
     def _product(self, equation: Equation, facts: list[Fact], path: Path, scans: tuple[int, ...]) -> Fact | None:
         """The fact about a product entry by entry, if a parameter (or what one made) is one factor and none is in the other."""
@@ -287,7 +291,7 @@ class _Walk:
             if not isinstance(bias, Parameter) or not exact(bias.view):
                 raise ValueError(f"tap {name!r}: `bias` must be a parameter of the loss")
             site = replace(site, bias=bias.leaf, bias_view=bias.view)
-        self.found.sites[path] = dense(site, 1, numbers)
+        self.found.sites[path] = self._with_examples(dense(site, 1, numbers))
         return [BATCH]
 
     def _bias(self, equation: Equation, facts: list[Fact]) -> bool:

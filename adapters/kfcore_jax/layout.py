@@ -196,7 +196,8 @@ def layout(
                 roles = names[name] = plain
         places[paths[leaf]] = Placement(roles["weight"], tuple(arrays[paths[leaf]].shape), first.weight)
         times = f", used {len(uses_here)} times" if len(uses_here) > 1 else ""
-        reasons[roles["weight"]] = f"{LABELS[first.kind]}: {paths[leaf]}{times}"
+        lost = "" if all(use.examples for use in uses_here) else ", examples taken to lie along the first axis"
+        reasons[roles["weight"]] = f"{LABELS[first.kind]}: {paths[leaf]}{times}{lost}"
         if owned is not None:
             places[paths[owned]] = Placement(roles["bias"], tuple(arrays[paths[owned]].shape), first.site.bias_view)
             reasons[roles["bias"]] = f"bias of {name}: {paths[owned]}"

@@ -42,8 +42,15 @@ class Model:
         """Layer descriptions by name."""
         return self.layout.model.layers
 
-    def value_grad_and_records(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
+    def value_grad_and_records(self, params: Any, *args: Any, mask: jax.Array | None = None) -> tuple[Any, Any, Records]:
         """``jax.value_and_grad`` of the loss, and the records of its layers. Call it inside ``jit``.
+
+        Parameters
+        ----------
+        mask
+            ``[N, S]`` of booleans, true at positions that are real, which the loss leaves out too. All uses of dense layers, tables, scales
+            and shifts that see N examples of S positions have it, and the others (after pooling, say) are as they were. Terms are then the
+            real rows of the output layer.
 
         Returns
         -------
@@ -51,17 +58,17 @@ class Model:
             ``value`` is a pair with the auxiliary output where ``has_aux`` is set.
 
         """
-        return self._captured(params, args, self.layers)
+        return self._captured(params, args, self.layers, mask)
 
     def capture(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
         """As :meth:`value_grad_and_records`, with records also of what no layer of the core covers yet: all names in ``layout.sites``.
 
         A convolution has ``inputs [*stack, N, *spatial, in]``, a gather has ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop
-        that share a convolution are further examples.
+        that share a convolution are further entries along N, behind their example.
         """
         return self._captured(params, args, self.layout.sites)
 
-    def _captured(self, params: Any, args: Any, names: Collection[str]) -> tuple[Any, Any, Records]:
+    def _captured(self, params: Any, args: Any, names: Collection[str], mask: jax.Array | None = None) -> tuple[Any, Any, Records]:
         tapped = _Tapped(self.function, params, args, self.has_aux)
         found = self._found(tapped, names)
         uses = {name: found.sites[name] for name in names}
@@ -74,7 +81,8 @@ class Model:
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
         layers = {name: [use.captured(inputs, pulled) for use in of_layer] for name, of_layer in uses.items()}
-        records = Records(layers, self._terms(found), self._uses(found))
+        masks = self._masks(mask, layers)
+        records = Records(layers, self._terms(found, mask), self._uses(found), _rounds(uses), masks=masks)
         records.gradients = leaves_of(grads)
         return ((value, aux) if self.has_aux else value), grads, records
 
@@ -87,6 +95,7 @@ class Model:
         *args: Any,
         targets: jax.Array | None = None,
         key: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> Records:
         """Records for ``fisher="mc"`` and ``"exact"``: vectors of the loss pulled back from the outputs of ``predict(params, *args)``.
 
@@ -102,6 +111,9 @@ class Model:
             Needed only where the loss ignores some of them.
         key
             Source of the drawn labels, for ``"mc"``.
+        mask
+            As in :meth:`value_grad_and_records`. Outputs ``[N, S, ...]`` at masked positions have no vectors and are no terms; where the
+            loss ignores some ``targets``, these alone tell the terms.
 
         """
         if method.fisher not in ("mc", "exact"):
@@ -125,16 +137,21 @@ class Model:
             vectors = jax.vmap(sample)(jax.random.split(key, method.mc_samples))
         else:
             vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
+        if mask is not None and outputs.shape[:2] == _checked(mask).shape:
+            real = mask.reshape(*mask.shape, *(1,) * (outputs.ndim - 2))
+            vectors = jnp.where(real, vectors, 0)
+            terms = jnp.sum(mask) * (terms / mask.size) if isinstance(terms, float) else terms
         pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
 
-        def record(use: Geometry) -> tuple[jax.Array, jax.Array]:
+        def record(use: Geometry) -> tuple[jax.Array, jax.Array | None]:
             """The vectors take their place behind the axes of the stack, as further examples."""
             axis, of_use = len(use.stack), {site.path: pulled[site.path] for site in use.sites}
             seen, grads = jax.vmap(lambda dy: use.captured(inputs, dy), out_axes=(None, axis))(of_use)
             merged = (*grads.shape[:axis], grads.shape[axis] * grads.shape[axis + 1], *grads.shape[axis + 2 :])
             return seen, grads.reshape(merged)
 
-        return Records({name: [record(use) for use in of_layer] for name, of_layer in uses.items()}, terms, self._uses(found))
+        layers = {name: [record(use) for use in of_layer] for name, of_layer in uses.items()}
+        return Records(layers, terms, self._uses(found), _rounds(uses), masks=self._masks(mask, layers))
 
     def named_arrays(self, params: Any) -> dict[str, np.ndarray]:
         """Parameters as NumPy arrays by name: what a PyTorch ``state_dict`` of the same layers holds.
@@ -226,7 +243,26 @@ class Model:
         uses = {name: found.uses[name] for name in self.layers}
         return {name: of_layer for name, of_layer in uses.items() if any(use != self.layers[name] for use in of_layer)}
 
-    def _terms(self, found: Layout) -> float:
+    def _masks(self, mask: jax.Array | None, layers: Mapping[str, Any]) -> dict[str, list[jax.Array | None]]:
+        """The mask at every use that sees its positions, with the axes of the stack; nothing of layers without such a use."""
+        if mask is None:
+            return {}
+        shape = _checked(mask).shape
+
+        def of_use(name: str, inputs: jax.Array, grads: jax.Array) -> jax.Array | None:
+            lead = grads.shape[:-3]
+            # several vectors of each example stand behind each other in its output gradients
+            fits = (inputs.shape[len(lead)], grads.shape[-2]) == shape
+            maskable = not any(part.unmaskable for part in self.layers[name].blocks().values())
+            return jnp.broadcast_to(mask, (*lead, *shape)) if fits and maskable else None
+
+        found = {name: [of_use(name, *use) for use in of_layer] for name, of_layer in layers.items()}
+        found = {name: of_layer for name, of_layer in found.items() if any(m is not None for m in of_layer)}
+        if not found:
+            raise ValueError(f"`mask` must have the shape [N, S] of what some layer sees, got {shape}, which none does")
+        return found
+
+    def _terms(self, found: Layout, mask: jax.Array | None = None) -> float | jax.Array:
         """Rows of the product, convolution or table that comes last, layer or not, times its width where the loss compares numbers.
 
         Scales and shifts behind it are none of these, but where there is nothing else.
@@ -237,7 +273,10 @@ class Model:
             return 1.0
         last = max(uses, key=lambda use: use.site.path)
         size = math.prod(last.site.tap)
-        return float(size if self.per_entry else size // last.outs)
+        terms = float(size if self.per_entry else size // last.outs)
+        if mask is None or _positions(last) != mask.shape:
+            return terms
+        return jnp.sum(mask) * (terms / mask.size)
 
 
 def trace(
@@ -339,6 +378,26 @@ class _Tapped:
 
 def _sites(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[Path, Site]:
     return {site.path: site for of_layer in uses.values() for use in of_layer for site in use.sites}
+
+
+def _rounds(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[str, tuple[int, ...]]:
+    """Entries of one example at each use, of the layers where they are several."""
+    rounds = {name: tuple(use.rounds for use in of_layer) for name, of_layer in uses.items()}
+    return {name: of_layer for name, of_layer in rounds.items() if max(of_layer) > 1}
+
+
+def _positions(use: Geometry) -> tuple[int, int]:
+    """Examples and positions of each that a use sees, as it is captured."""
+    rows, (_, axes, _) = math.prod(use.site.tap) // use.outs // math.prod(use.stack), use.output_axes
+    n = use.count if use.examples else use.site.output[axes[0]] if axes else 1
+    return n, rows // max(n, 1)
+
+
+def _checked(mask: jax.Array) -> jax.Array:
+    """``mask``, if it is one."""
+    if mask.ndim != 2 or mask.dtype != bool:
+        raise ValueError(f"`mask` must be boolean of shape [N, S], true at real positions, got {mask.dtype} of shape {mask.shape}")
+    return mask
 
 
 def _zeros(sites: Mapping[Path, Site]) -> dict[Path, jax.Array]:

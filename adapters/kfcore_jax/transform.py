@@ -15,9 +15,10 @@ from jax.core import Tracer
 import kfcore
 from kfcore import Embedding, Method, ModelOptimizer, Norm, OptimizerState, Report, StepSize, schedule
 from kfcore._array import Schedule, factor_dtype
+from kfcore.curvature.base import Needs
 from kfcore.damping import check_positive
 from kfcore.optimizer import merge
-from kfcore.statistics import GradientRows, rows_of
+from kfcore.statistics import GradientRows, Use, rows_of
 from kfcore.stepsize import guarded
 from kfcore_jax.analysis import is_trained
 from kfcore_jax.layout import Layout, alike, leaves_of, path_of, without_bias
@@ -244,7 +245,8 @@ class _Core:
 
         def whole(name: str) -> bool:
             layer, shapes = layout.model.layers[name], [dy.shape for _, dy in records.layers[name] if dy is not None]
-            if isinstance(layer, Embedding | Norm):
+            # what is masked has a part in the gradient, if not in the records
+            if isinstance(layer, Embedding | Norm) or name in records.masks:
                 return False
             shared = any(positions > 1 for *_, positions, _ in shapes)
             few = sum(shape[-3] * shape[-2] for shape in shapes) <= min(layer.shape)
@@ -272,26 +274,20 @@ def _reduced(optimizer: ModelOptimizer, state: OptimizerState, records: Records,
     """Statistics of the layers ``names``, by block, each use as it is in the program of the records."""
     total: dict[str, Any] = {}
     for name in names:
-        layer, pairs = optimizer.model.layers[name], records.layers[name]
-        for use, (inputs, output_grads) in zip(records.uses.get(name, (layer,) * len(pairs)), pairs, strict=True):
-            use = _masked(use, layer)
-            if isinstance(use, Embedding | Norm) and use.together and output_grads is not None:
-                merge(total, optimizer.reduce(state, name, *_together(use, inputs, output_grads), use=use))
-                continue
-            merge(total, optimizer.reduce(state, name, inputs, None, use=use))
-            merge(total, optimizer.reduce(state, name, None, output_grads, use=use))
+        layer = optimizer.model.layers[name]
+        apart = Needs.TOGETHER not in optimizer.needs(name)
+        for uses in records.batches(name, layer, apart=apart):
+            merge(total, optimizer.reduce_all(state, name, [_own(use, layer) for use in uses]))
     return total
 
 
-def _together(layer: Embedding | Norm, inputs: jax.Array, output_grads: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both sides of the same rows: inputs once for every vector pulled back, and of a scale whose shift is masked its own part."""
-    axis = len(layer.stack)
-    vectors = output_grads.shape[axis] // max(inputs.shape[axis], 1)
-    if vectors > 1:
-        inputs = jnp.concatenate([inputs] * vectors, axis)
-    if isinstance(layer, Norm) and not layer.bias:
-        return inputs[..., : layer.size], output_grads[..., : layer.size]
-    return inputs, output_grads
+def _own(use: Use, layer: Any) -> Use:
+    """A use of ``layer``, without what belongs to a bias (or shift) that a mask has taken away."""
+    described = _masked(use.layer, layer)
+    if isinstance(described, Norm) and not described.bias:
+        inputs, output_grads = (None if x is None else x[..., : described.size] for x in (use.inputs, use.output_grads))
+        return use._replace(layer=described, inputs=inputs, output_grads=output_grads)
+    return use._replace(layer=described)
 
 
 def _masked(use: Any, layer: Any) -> Any:

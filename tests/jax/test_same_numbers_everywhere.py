@@ -23,9 +23,12 @@ def initial():
     return weights | {"scale": 1.0 + 0.1 * rng.normal(size=SIZES[-1])}
 
 
-def data(step):
+def data(step, dead=0):
+    """The first ``dead`` inputs are zero for ever."""
     rng = np.random.default_rng(100 + step)
-    return rng.normal(size=(32, SIZES[0])), rng.integers(SIZES[-1], size=32)
+    x = rng.normal(size=(32, SIZES[0]))
+    x[:, :dead] = 0.0
+    return x, rng.integers(SIZES[-1], size=32)
 
 
 def vector(params):
@@ -178,9 +181,9 @@ class Jax:
         self.state = self.optimizer.load(path, self.state, names={own: there[n] for n, own in self.names.items()})
 
 
-def run(arm, first, steps):
+def run(arm, first, steps, dead=0):
     for step in range(first, first + steps):
-        arm.step(*data(step))
+        arm.step(*data(step, dead))
     return arm
 
 
@@ -197,10 +200,27 @@ def test_a_hundred_steps_agree_in_all_three(damping):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"scales": "gradient", "moved": "measure"}, {"basis": kf.Tracked(smallest=2, tolerance=0.05)}],
+    ids=["average", "gradient", "tracked"],
+)
+def test_a_hundred_steps_of_ekfac_agree_in_all_three(options):
+    """With two inputs that are always zero, where every basis is as good as another."""
+    method = kf.EKFAC(damping=0.05, stats_every=2, refresh_every=5, **options)
+    arms = [run(kind(method, momentum=0.9, clip=1e-3), 0, 100, dead=2) for kind in (Numpy, Torch, Jax)]
+    reference = arms[0].weights()
+    assert gap(arms[1].weights(), reference) <= 1e-9
+    assert gap(arms[2].weights(), reference) <= 1e-9
+    assert gap(vector(initial()), reference) > 1e-2, "nothing moved"
+    assert arms[2].traces == 1
+
+
+@pytest.mark.parametrize("kind", [kf.KFAC, kf.EKFAC])
+@pytest.mark.parametrize(
     ("before", "after"), [(Torch, Jax), (Jax, Torch), (Numpy, Jax), (Jax, Numpy)], ids=lambda arm: arm.__name__.lower()
 )
-def test_fifty_steps_in_one_and_fifty_in_another_are_a_hundred(before, after, tmp_path):
-    method, options = kf.KFAC(damping=0.05, stats_every=2, refresh_every=5), {"clip": 1e-3, "nesterov": True}
+def test_fifty_steps_in_one_and_fifty_in_another_are_a_hundred(before, after, kind, tmp_path):
+    method, options = kind(damping=0.05, stats_every=2, refresh_every=5), {"clip": 1e-3, "nesterov": True}
     half = run(before(method, **options), 0, 50)
     path = tmp_path / "state.safetensors"
     half.save(path)

@@ -41,6 +41,11 @@ class Affine(Single):
     """From the other factor there to the output here."""
 
     @property
+    def output_axes(self) -> tuple[list[int], list[int], list[int]]:
+        """Axes of the output that are stacked (none), rows, and features."""
+        return [], [*self.examples, *self.rows], [*self.entries]
+
+    @property
     def outs(self) -> int:
         """Number of features."""
         return math.prod(self.features)

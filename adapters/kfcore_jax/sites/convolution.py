@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,18 @@ class Convolution(Single):
     """From the parameter to ``[*stack, *kernel, in / groups, out]``."""
     numbers: Any
     """``dimension_numbers``: the axes of batch, channels and space of inputs and output; those of out, in and space of the weight."""
+    examples: tuple[int, ...] = ()
+    """The axis of the batch in the output, where it holds examples, before positions where they are merged with some."""
+    count: int = 0
+    """Number of examples, where it is known."""
 
     kind = "convolution"
 
     def captured(self, inputs: dict[Path, Any], pulled: dict[Path, Any]) -> tuple[Any, Any]:
         """``inputs [*stack, N, *spatial, in]`` and ``output_grads [*stack, N, S, out]`` from what the loops returned of them.
 
-        Rounds of a loop that use the same weight again are further examples, since space has an axis for each direction.
+        Rounds of a loop that use the same weight again, and positions merged with the examples, are further entries along N behind their
+        example, ``rounds`` of them, since space has an axis for each direction.
         """
         x, dy = inputs[self.site.path], pulled[self.site.path]
         examples, space, channels = self._axes(self.numbers.lhs_spec)
@@ -77,6 +83,12 @@ class Convolution(Single):
             return jax.linear_transpose(convolved, weight)(dy)[0]
 
         return np.asarray(lax.map(lambda pair: one(*pair), (x, dy)), np.float64).reshape(*self.stack, *weight.shape)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of loops, and positions merged with the examples."""
+        merged_with = self.site.output[self.numbers.out_spec[0]] // self.count if self.count else 1
+        return merged_with * math.prod(self.site.scans[depth] for depth in self.site.shared)
 
     @property
     def output_axes(self) -> tuple[list[int], list[int], list[int]]:

@@ -28,6 +28,10 @@ class Dense(Single):
     """Which operand of the product is the weight."""
     numbers: Any
     """``dimension_numbers`` of the product."""
+    examples: tuple[int, ...] = ()
+    """Axes of the output that hold examples, before positions where they are merged with some. The first, where they were lost."""
+    count: int = 0
+    """Number of examples, where it is known."""
 
     kind = "product"
 
@@ -53,10 +57,15 @@ class Dense(Single):
         return (list(range(first)), of_right, of_left) if self.operand == 0 else (list(range(first)), of_left, of_right)
 
     def _rows(self, x: Any, batch: Any, free: Any, last: Any) -> Any:
-        """Axes in the order stacked loops, batch; first free; other loops, other free; features."""
-        site = self.site
-        own = site.behind(free)
-        return merged(x, [*site.stacked, *site.behind(batch)], [own[:1], [*site.shared, *own[1:]], site.behind(last)])
+        """Axes in the order stacked loops, batch; examples; other loops, other free; features."""
+        site, (_, rows, _) = self.site, self.output_axes
+        own = dict(zip(rows, site.behind(free), strict=True))
+        first = [own[a] for a in self.examples or rows[:1]]
+        rest = [axis for axis in own.values() if axis not in first]
+        x = merged(x, [*site.stacked, *site.behind(batch)], [first, [*site.shared, *rest], site.behind(last)])
+        if not self.examples or x.shape[-3] == self.count:
+            return x
+        return x.reshape(*x.shape[:-3], self.count, -1, x.shape[-1])
 
 
 def dense(site: Site, operand: int, numbers: Any) -> Dense:

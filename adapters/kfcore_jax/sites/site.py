@@ -73,6 +73,15 @@ class Single:
     site: Site
     stack: tuple[int, ...]
     weight: View
+    examples: tuple[int, ...]
+    """Axes of the output that hold examples, before positions where they are merged with some; none where they were lost."""
+    count: int
+    """Number of examples, where it is known."""
+
+    @property
+    def rounds(self) -> int:
+        """How many entries behind each other along the axis of examples, in what is captured, are of one example."""
+        return 1
 
     @property
     def sites(self) -> tuple[Site, ...]:
