@@ -254,9 +254,9 @@ def trace(
 ) -> Model:
     """Find the layers in ``loss_fn(params, *args)``, which is traced but not run.
 
-    Every p    Every product, convolution, scale and shift of a parameter with the batch is found, and every table whose rows are taken, however the
-    model is written: through reshapes and transpositions, ``jit``, ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that are
-    used in any other way get the fallback, and ``model.layout.reasons`` says why.
+    Every product, convolution, scale and shift of a parameter with the batch is found, and every table whose rows are taken, however
+    the model is written: through reshapes and transpositions, ``jit``, ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that
+    are used in any other way get the fallback, and ``model.layout.reasons`` says why.
 
     Parameters
     ----------
