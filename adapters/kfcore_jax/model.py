@@ -63,8 +63,8 @@ class Model:
     def capture(self, params: Any, *args: Any) -> tuple[Any, Any, Records]:
         """As :meth:`value_grad_and_records`, with records also of what no layer of the core covers yet: all names in ``layout.sites``.
 
-        A convolution has ``inputs [*stack, N, *spatial, in]``, a gather has ``ids [*stack, N, S]`` in place of inputs. Rounds of a loop
-        that share a convolution are further entries along N, behind their example.
+        A convolution has ``inputs [*stack, N, *spatial, in]``, a gather has ``ids [*stack, N, S]`` in place of inputs, scale and shift have
+        those of :class:`kfcore.Norm`. Rounds of a loop that share a convolution are further entries along N, behind their example.
         """
         return self._captured(params, args, self.layout.sites)
 
@@ -200,7 +200,7 @@ class Model:
         return self.layers[layer].from_oi(x) if back else self.layers[layer].to_oi(x)
 
     def check_capture(self, params: Any, *args: Any, rtol: float = 1e-3) -> dict[str, float]:
-        """Rebuild the gradients of every weight and bias from the records and compare them with autodiff's: relative deviations by name.
+        """Rebuild the gradients of all layers from the records and compare them with autodiff's: relative deviations by name.
 
         The names are those of :meth:`capture`: of the layers, and of what is captured but has no layer yet. Where a weight or a bias
         has a term of its own in the loss (a penalty) they are left out: that is no part of the records.
@@ -293,9 +293,9 @@ def trace(
 ) -> Model:
     """Find the layers in ``loss_fn(params, *args)``, which is traced but not run.
 
-    Every product of a parameter with the batch is found, however the model is written: through reshapes and transpositions, ``jit``,
-    ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that are used in any other way get the fallback, and
-    ``model.layout.reasons`` says why.
+    Every product, convolution, scale and shift of a parameter with the batch is found, and every table whose rows are taken, however
+    the model is written: through reshapes and transpositions, ``jit``, ``vmap``, ``scan``, ``remat`` and ``custom_jvp``. Parameters that
+    are used in any other way get the fallback, and ``model.layout.reasons`` says why.
 
     Parameters
     ----------
