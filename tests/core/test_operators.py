@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import kfcore as kf
+from kfcore.scales import example_gradients
+from kfcore.statistics import Use
 
 LAYERS = {
     "linear": kf.Linear(4, 3),
@@ -94,6 +96,24 @@ def test_the_distance_from_the_exact_block(rng, monkeypatch, dense):
     values, basis = np.linalg.eigh(operator.dense())
     roots = (basis * np.sqrt(np.maximum(values, 0.0))).T.reshape(-1, 3, 5)
     assert operator.distance(roots, 1.0) < (1e-12 if dense else 1e-7)
+
+
+def test_gradients_of_single_examples_are_sums_over_positions_and_uses(rng):
+    layer, mask = kf.Linear(4, 3), rng.random((6, 2)) < 0.7
+    x, z = rng.normal(size=(2, 6, 2, 4))
+    g, h = rng.normal(size=(2, 3, 6, 2, 3))
+    one = np.ones((6, 2, 1))
+    expected = np.einsum("knso,nsi,ns->knoi", g, np.concatenate([x, one], -1), mask) + np.einsum(
+        "knso,nsi->knoi", h, np.concatenate([z, one], -1)
+    )
+    uses = [Use(layer, x, g.reshape(18, 2, 3)[:18], None), Use(kf.Linear(4, 3, sharing="reduce"), z, h.reshape(18, 2, 3))]
+    plain = example_gradients(np, uses, np.float64)
+    uses[0] = uses[0]._replace(output_grads=g.reshape(18, 2, 3) * np.tile(mask, (3, 1))[..., None])
+    np.testing.assert_allclose(example_gradients(np, uses, np.float64), expected, atol=1e-13)
+    assert np.abs(plain - expected).max() > 1e-2
+    ids, rows = rng.integers(0, 5, size=(6, 2)), rng.normal(size=(6, 2, 3))
+    table = example_gradients(np, [Use(kf.Embedding(5, 3), ids, rows)], np.float64)
+    np.testing.assert_allclose(table, np.einsum("nso,nsi->noi", rows, np.eye(5)[ids])[None], atol=1e-13)
 
 
 def test_what_does_not_fit_is_refused(rng):

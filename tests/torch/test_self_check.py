@@ -292,6 +292,16 @@ def test_nothing_is_changed(lib, fails):
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def test_what_an_optimizer_has_of_attention_alone_stays():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(V, 1, **DOUBLE)
+    optimizer, x = Optimizer(model, kf.KFAC(damping=0.1)), torch.randn(4, 2, V, **DOUBLE)
+    model(x, x, x)[0].square().sum().backward()
+    before = dict(optimizer.engine._statistics)
+    self_check(model, (x, None), forward=lambda model, x: model(x, x, x)[0].transpose(0, 1), show=False)
+    assert optimizer.engine._statistics == before
+
+
 def test_the_call_is_as_it_is_told(capsys):
     model, x = made("dense")
     batch = {"x": x, "unused": None}
