@@ -175,14 +175,10 @@ class EKFAC(Kronecker):
             measured, _ = observe(xp, measured, (statistics.scales,), (statistics.scale_count,), again, lambda _: total, valid)
         return state._replace(average=average, scales=measured, dropped=count_failure(xp, state.dropped, ok))
 
-    def refresh(self, layer: Layer, state: EKFACState, damping: float | Array | None = None) -> EKFACState:
-        """Find the eigenbases, and bring the scales there; where that fails, keep the old ones and count it."""
-        return self.refresh_all([layer], [state], [damping])[0]
-
     def refresh_all(
         self, layers: Sequence[Layer], states: Sequence[EKFACState], dampings: Sequence[float | Array | None]
     ) -> list[EKFACState]:
-        """:meth:`refresh` of several blocks, whose factors the library may take together."""
+        """Find the eigenbases, and bring the scales there; where that fails, keep the old ones and count it."""
         xp = namespace(states[0].average.weight)
         sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
         # under "transport" scales are made of eigenvalues only until some are measured
@@ -223,17 +219,11 @@ class EKFAC(Kronecker):
 
     def _turned(self, xp: Namespace, layer: Layer, state: EKFACState, grad: Array, rows: GradientRows | None) -> Array:
         """``U_G^T grad U_A``."""
-        left, right = transposed(state.solver.output_basis), state.solver.input_basis
-        if layer.forms == MATRICES:
-            return two_sided(xp, layer, left, grad, right, rows)
-        return factors.sandwich(xp, MATRICES, left, grad, right)
+        return two_sided(xp, layer, transposed(state.solver.output_basis), grad, state.solver.input_basis, rows)
 
     def _moved(self, xp: Namespace, state: EKFACState, new: Eigenbases) -> RunningAverage:
         """The scales in a new basis, as ``moved`` says; KFAC's where none was measured yet."""
-        old = state.solver
-        assert new.output_values is not None
-        kfac = new.output_values[..., :, None] * new.input_values[..., None, :]
-        weight = state.scales.weight
+        old, kfac, weight = state.solver, new.products, state.scales.weight
         if self.moved == "measure":
             return RunningAverage(xp.zeros_like(weight), (kfac,))
         measured = truth(xp, weight > 0)
@@ -269,7 +259,3 @@ def levelled(xp: Namespace, scales: Array, solver: Eigenbases) -> Array:
         across = xp.where(null[..., None, :], across @ share, across)
         scales = across.mT if turned else across
     return scales
-
-
-def _sum(x: Array) -> Array:
-    return namespace(x).sum(x, axis=(-2, -1))

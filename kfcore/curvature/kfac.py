@@ -127,14 +127,10 @@ class KFAC(Kronecker):
         average, ok = observe(xp, state.average, sums, counts, self._decay(decay))
         return KFACState(average, state.solver, count_failure(xp, state.dropped, ok), state.kept)
 
-    def refresh(self, layer: Layer, state: KFACState, damping: float | Array | None = None) -> KFACState:
-        """Invert (or eigendecompose) both factors; where that fails, keep the old ones and count it."""
-        return self.refresh_all([layer], [state], [damping])[0]
-
     def refresh_all(
         self, layers: Sequence[Layer], states: Sequence[KFACState], dampings: Sequence[float | Array | None]
     ) -> list[KFACState]:
-        """:meth:`refresh` of several blocks, whose factors the library may take together."""
+        """Invert (or eigendecompose) both factors; where that fails, keep the old ones and count it."""
         xp = namespace(states[0].average.weight)
         sides: list[Any] = [(layer.forms, *state.average.values) for layer, state in zip(layers, states, strict=True)]
         values = [damp.strength(xp, self.rule, self._damping(d), *side) for side, d in zip(sides, dampings, strict=True)]
@@ -155,11 +151,9 @@ class KFAC(Kronecker):
         if isinstance(solver, Inverses):
             return two_sided(xp, layer, solver.output, grad, solver.input, rows)
         left, right = solver.output_basis, solver.input_basis
-        scale = solver.input_values[..., None, :] + solver.damping[..., None, None]
+        scale = solver.products + solver.damping[..., None, None]
         if solver.output_values is None and right is not None:
             return factors.sandwich(xp, MATRICES, grad, right, right.mT / scale.mT)
-        if solver.output_values is not None:
-            scale = solver.output_values[..., :, None] * solver.input_values[..., None, :] + solver.damping[..., None, None]
         rotated = two_sided(xp, layer, transposed(left), grad, right, rows)
         return factors.sandwich(xp, layer.forms, left, rotated / scale, transposed(right))
 
@@ -167,9 +161,7 @@ class KFAC(Kronecker):
         """``G (x) A`` of the running averages; damped, of the last refresh."""
         xp, solver = namespace(state.average.weight), state.solver
         if isinstance(solver, Eigenbases) and damped:
-            values = solver.input_values[..., None, :]
-            values = values if solver.output_values is None else solver.output_values[..., :, None] * values
-            values = values + solver.damping[..., None, None]
+            values = solver.products + solver.damping[..., None, None]
             bases = solver.output_basis, solver.input_basis
         else:
             assert not damped or isinstance(solver, Inverses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import operator
 from collections.abc import Sequence
@@ -33,6 +34,12 @@ class Eigenbases(NamedTuple):
     ways: Array
     """How often the bases of both factors were left as they were, improved, and decomposed anew, ``[..., 3]``, int32."""
 
+    @property
+    def products(self) -> Array:
+        """Eigenvalues of the product of both factors, ``[..., out, in]``; ``[..., 1, in]`` where the output factor is the identity."""
+        right = self.input_values[..., None, :]
+        return right if self.output_values is None else self.output_values[..., :, None] * right
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Method):
@@ -56,6 +63,14 @@ class Kronecker(Method):
         if self.fisher == "forward":
             return Needs.INPUTS
         return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
+
+    def refresh(self, layer: Layer, state: Any, damping: float | Array | None = None) -> Any:
+        """:meth:`refresh_all` of one block."""
+        return self.refresh_all([layer], [state], [damping])[0]
+
+    @abc.abstractmethod
+    def refresh_all(self, layers: Sequence[Layer], states: Sequence[Any], dampings: Sequence[float | Array | None]) -> list[Any]:
+        """Recompute what :meth:`precondition` applies, for several blocks, whose factors the library may take together."""
 
     def reduce_all(self, uses: Sequence[Use], state: Any) -> KroneckerStatistics:
         """The second moments of all uses; a side that is not given is left out and can be added later by ``+``.
