@@ -167,46 +167,32 @@ def gather_sum(xp: Any, rows: jax.Array, ids: jax.Array, num: int) -> jax.Array:
     return found.reshape(*ids.shape[:-1], num + 1, rows.shape[-1])[..., :num, :]
 
 
-def fold(xp: Any, function: Callable[..., jax.Array], arrays: list[jax.Array], axes: list[int], step: int) -> jax.Array:
-    """By a scan, so that programs stay small; a part takes every k-th entry, as :func:`patch_moments` does."""
+def fold(xp: Any, function: Callable[..., Any], arrays: list[jax.Array], axes: list[int], step: int) -> Any:
+    """By a scan over the parts that the reference goes through one by one, so that programs stay small; of any tree of arrays.
+
+    A part takes every k-th entry, not neighbours: where a batch is spread over devices, each of them has some of every part.
+    """
     n = arrays[0].shape[axes[0]]
     parts = next(k for k in range(-(-n // step), n + 1) if n % k == 0) if n else 1
     if parts == 1:
         return function(*arrays)
     split = [x.reshape(*x.shape[:a], n // parts, parts, *x.shape[a + 1 :]) for x, a in zip(arrays, axes, strict=True)]
 
-    def part(i: Any) -> jax.Array:
+    def part(i: Any) -> Any:
         return function(*[lax.dynamic_index_in_dim(x, i, a + 1, keepdims=False) for x, a in zip(split, axes, strict=True)])
-
-    def add(total: Any, i: jax.Array) -> tuple[Any, None]:
-        return total + part(i), None
-
-    shape = jax.eval_shape(part, 0)
-    varying = tuple(sorted({axis for x in arrays for axis in program.varying(x)}))
-    return lax.scan(add, program.zeros(shape.shape, shape.dtype, varying), jnp.arange(parts))[0]
-
-
-def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """By a scan over the groups of examples that the reference goes through one by one, so that programs stay small.
-
-    A group takes every k-th example, not neighbours: where a batch is spread over devices, each of them has a part of every group.
-    """
-    axis = x.ndim - 2 - window.axes
-    examples = x.shape[axis]
-    parts = next(k for k in range(-(-examples // at_once(x, window)), examples + 1) if examples % k == 0) if examples else 1
-    whole = primitives()["patch_moments"]
-    if parts == 1:
-        return whole(xp, x, window, groups, dtype)
-    split = x.reshape(*x.shape[:axis], examples // parts, parts, *x.shape[axis + 1 :])
-
-    def part(i: Any) -> tuple[jax.Array, jax.Array]:
-        return whole(xp, lax.dynamic_index_in_dim(split, i, axis + 1, keepdims=False), window, groups, dtype)
 
     def add(sums: Any, i: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, part(i)), None
 
-    zeros = jax.tree.map(lambda s: program.zeros(s.shape, s.dtype, program.varying(x)), jax.eval_shape(part, 0))
+    varying = tuple(sorted({axis for x in arrays for axis in program.varying(x)}))
+    zeros = jax.tree.map(lambda s: program.zeros(s.shape, s.dtype, varying), jax.eval_shape(part, 0))
     return lax.scan(add, zeros, jnp.arange(parts))[0]
+
+
+def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """By :func:`fold` over the examples."""
+    whole = primitives()["patch_moments"]
+    return fold(xp, lambda x: whole(xp, x, window, groups, dtype), [x], [x.ndim - 2 - window.axes], at_once(x, window))
 
 
 def register() -> None:
