@@ -6,21 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import kfcore
-from kfcore_cli.race import rules
-from kfcore_cli.race.interfaces import Settings
+from kfcore_cli.race.methods.kfac import KFAC
 
 
-class EKFAC:
+class EKFAC(KFAC):
     """EK-FAC with the empirical Fisher; every setting that is not of the step rule goes to :class:`kfcore.EKFAC`."""
 
     title = "EK-FAC"
     default: Mapping[str, Any] = {"lr": 0.1, "momentum": 0.9, "clip": 1e-2, "damping": 1e-3}
-    settings: Mapping[str, Settings] = {}
-
-    def rule(self, settings: Settings) -> rules.Curvature:
-        """With the problem's damping, learning rate and clip."""
-        step: dict[str, Any] = {name: settings[name] for name in ("lr", "momentum", "clip") if name in settings}
-        return rules.Curvature(method=kfcore.EKFAC(**{name: value for name, value in settings.items() if name not in step}), **step)
+    curvature = kfcore.EKFAC
 
 
 method = EKFAC()
