@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 import kfcore
+from kfcore_cli.errors import UsageError
 from kfcore_cli.race import registry
 from kfcore_cli.race.command import race as run_race
-from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.options import Options
 from kfcore_cli.spectrum.command import spectrum as show_spectrum
 

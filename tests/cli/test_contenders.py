@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import kfcore
+from kfcore_cli.errors import UsageError
 from kfcore_cli.race import registry, rules
 from kfcore_cli.race.arrays import ArrayContender
 from kfcore_cli.race.batches import batches
 from kfcore_cli.race.command import settings_of
 from kfcore_cli.race.course import Run, deviation, run
 from kfcore_cli.race.data import windows
-from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data
 from kfcore_cli.race.layers import Activation, Convolution, Dense, Reshape
 from kfcore_cli.race.losses import Loss

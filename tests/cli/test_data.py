@@ -5,10 +5,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from kfcore_cli.errors import UsageError
 from kfcore_cli.race import registry
 from kfcore_cli.race.batches import batches
 from kfcore_cli.race.data import packaged_file, packaged_files, split, standardised, windows
-from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from kfcore_cli.errors import missing
 from kfcore_cli.race import registry
 from kfcore_cli.race.course import Run, Snapshot, deviation, run
-from kfcore_cli.race.errors import missing
 from kfcore_cli.race.interfaces import Data, Method, Problem, Settings
 from kfcore_cli.race.options import Options
 from kfcore_cli.race.progress import Board

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kfcore_cli.race.errors import UsageError, missing
+from kfcore_cli.errors import UsageError, missing
 from kfcore_cli.race.interfaces import Data
 
 

@@ -2,7 +2,7 @@
 
 To add one, put a module into ``problems/``, ``methods/`` or ``backends/`` that exposes ``problem``, ``method`` or ``backend``. Nothing else
 changes: modules are found by their file names, and only those named on the command line are imported. A module whose package may be
-missing raises :func:`kfcore_cli.race.errors.missing`.
+missing raises :func:`kfcore_cli.errors.missing`.
 """
 
 from __future__ import annotations

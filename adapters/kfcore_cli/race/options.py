@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfcore_cli.race.errors import UsageError
+from kfcore_cli.errors import UsageError
 
 DTYPES = ("float64", "float32")
 

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from typing import Any, Literal
 
-from kfcore_cli.race.errors import UsageError
+from kfcore_cli.errors import UsageError
 
 Kind = Literal["problems", "methods", "backends"]
 

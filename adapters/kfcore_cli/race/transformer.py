@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import kfcore
-from kfcore_cli.race.errors import missing
+from kfcore_cli.errors import missing
 from kfcore_cli.race.interfaces import Array
 from kfcore_cli.race.layers import Dense
 from kfcore_cli.race.losses import Loss

@@ -14,8 +14,7 @@ from rich.table import Table
 from kfcore import CheckpointError
 from kfcore.checkpoint import read
 from kfcore.diagnostics import spectrum as numbers_of
-from kfcore_cli.race.data import missing
-from kfcore_cli.race.errors import UsageError
+from kfcore_cli.errors import UsageError, missing
 
 
 @dataclass(frozen=True)

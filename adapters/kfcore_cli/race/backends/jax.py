@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 import kfcore
+from kfcore_cli.errors import UsageError, missing
 from kfcore_cli.race import rules
 from kfcore_cli.race.batches import as_array
-from kfcore_cli.race.errors import UsageError, missing
 from kfcore_cli.race.interfaces import Array, Layer, Weights
 from kfcore_cli.race.losses import Kind
 from kfcore_cli.race.network import Network

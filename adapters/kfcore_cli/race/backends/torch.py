@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kfcore_cli.errors import UsageError, missing
 from kfcore_cli.race import rules
-from kfcore_cli.race.errors import UsageError, missing
 from kfcore_cli.race.interfaces import Layer, Weights
 from kfcore_cli.race.layers import Activation, Dense
 from kfcore_cli.race.losses import Kind

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kfcore_cli.errors import missing
 from kfcore_cli.race.data import split, standardised
-from kfcore_cli.race.errors import missing
 from kfcore_cli.race.interfaces import Data, Settings
 from kfcore_cli.race.network import mlp
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kfcore_cli.errors import UsageError
 from kfcore_cli.race.data import packaged_files, windows
-from kfcore_cli.race.errors import UsageError
 from kfcore_cli.race.interfaces import Data, Settings
 from kfcore_cli.race.transformer import transformer
 
