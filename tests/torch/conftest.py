@@ -1,5 +1,6 @@
 """Builders shared by the tests of the PyTorch adapter."""
 
+import copy
 import itertools
 from types import SimpleNamespace
 
@@ -135,6 +136,18 @@ def blocks_of_ggn(model, outputs, terms):
     return found
 
 
+def resumed(model, old, how, folder):
+    """A copy of the model and a new optimizer of it that goes on where ``old`` is, by a ``"file"`` in the folder or by its state dict."""
+    other = copy.deepcopy(model)
+    new = optimizer(other)
+    if how == "file":
+        old.save(folder / "state.safetensors")
+        new.load(folder / "state.safetensors")
+    else:
+        new.load_state_dict(old.state_dict())
+    return other, new
+
+
 @pytest.fixture(scope="session")
 def lib():
     """The helpers of this file."""
@@ -148,6 +161,7 @@ def lib():
         train=train,
         batches=batches,
         optimizer=optimizer,
+        resumed=resumed,
         rebuilt=rebuilt,
         blocks_of_ggn=blocks_of_ggn,
     )

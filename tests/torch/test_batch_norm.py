@@ -132,13 +132,7 @@ def test_a_state_comes_back_whatever_the_mode_is_then(lib, mode, how, tmp_path):
         resumed = copy.deepcopy(optimizer)
         other = resumed._model
     else:
-        other = copy.deepcopy(model)
-        resumed = lib.optimizer(other)
-        if how == "file":
-            optimizer.save(tmp_path / "state.safetensors")
-            resumed.load(tmp_path / "state.safetensors")
-        else:
-            resumed.load_state_dict(optimizer.state_dict())
+        other, resumed = lib.resumed(model, optimizer, how, tmp_path)
     assert [(row.parameter, row.kind) for row in resumed.report()] == [(row.parameter, row.kind) for row in optimizer.report()]
     weights = [lib.train(m.train(mode), o, lib.batches(3, first=7)) for m, o in ((model, optimizer), (other, resumed))]
     assert (weights[0] == weights[1]).all()

@@ -437,13 +437,7 @@ def test_a_resumed_run_takes_the_same_next_steps(lib, how, tmp_path):
     net.way = lambda net, x: torch.tanh(net.more(plain(net, x)))
     optimizer = lib.optimizer(net)
     train(net, optimizer, 3)
-    other = copy.deepcopy(net)
-    resumed = lib.optimizer(other)
-    if how == "file":
-        optimizer.save(tmp_path / "state.safetensors")
-        resumed.load(tmp_path / "state.safetensors")
-    else:
-        resumed.load_state_dict(optimizer.state_dict())
+    other, resumed = lib.resumed(net, optimizer, how, tmp_path)
     assert (train(net, optimizer) == train(other, resumed)).all()
 
 
