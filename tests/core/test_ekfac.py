@@ -479,3 +479,42 @@ def test_the_verbs_name_what_is_wrong(rng, captures):
         method.observe(state, both._replace(inputs=None))
     with pytest.raises(ValueError, match=r"`grad` must have shape \[..., 2, 4\], got \(2, 3\)"):
         method.precondition(layer, state, np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_scales_are_level_in_the_null_space_of_a_factor_and_nowhere_else(rng, stack):
+    layer, method = kf.Linear(5, 4, None, stack=stack), kf.EKFAC(damping=0.1)
+    a, g = rng.normal(size=(*stack, 9, 1, 5)), rng.normal(size=(*stack, 9, 1, 4))
+    a[..., 3:], g[..., 2:] = 0.0, 0.0
+    state = method.init(layer, a, stack)
+    state = method.refresh(layer, method.observe(state, method.reduce(layer, state, a, g)))
+    null_in, null_out = (v < 1e-12 for v in (state.solver.input_values, state.solver.output_values))
+    assert (null_in.sum(-1) == 2).all()
+    assert (null_out.sum(-1) == 2).all()
+    # examples that reach into what the factors have not seen
+    x, v = rng.normal(size=(*stack, 7, 1, 5)), rng.normal(size=(*stack, 7, 1, 4))
+    found = method.reduce(layer, state, x, v).scales
+    for k in np.ndindex(*stack):
+        left, right = state.solver.output_basis[k], state.solver.input_basis[k]
+        raw = sum((left.T @ np.outer(dy, row) @ right) ** 2 for dy, row in zip(v[k][:, 0], x[k][:, 0], strict=True))
+        desired = raw.copy()
+        desired[:, null_in[k]] = desired[:, null_in[k]].mean(axis=1, keepdims=True)
+        desired[null_out[k]] = desired[null_out[k]].mean(axis=0, keepdims=True)
+        np.testing.assert_allclose(found[k], desired, rtol=1e-12)
+        assert np.abs(desired / raw - 1.0).max() > 0.1
+        np.testing.assert_allclose(found[k].sum(), raw.sum(), rtol=1e-12)
+
+
+def test_another_basis_of_a_null_space_is_as_good(rng):
+    layer, method = kf.Linear(5, 4, None), kf.EKFAC(damping=0.1)
+    a, g = rng.normal(size=(9, 1, 5)), rng.normal(size=(9, 1, 4))
+    a[..., 3:] = 0.0
+    state = method.init(layer, a)
+    state = method.refresh(layer, method.observe(state, method.reduce(layer, state, a, g)))
+    null = state.solver.input_values < 1e-12
+    basis = state.solver.input_basis.copy()
+    basis[:, null] = basis[:, null] @ np.linalg.qr(rng.normal(size=(2, 2)))[0]
+    other = state._replace(solver=state.solver._replace(input_basis=basis))
+    x, v = rng.normal(size=(7, 1, 5)), rng.normal(size=(7, 1, 4))
+    one, two = (method.dense(layer, method.observe(s, method.reduce(layer, s, x, v))) for s in (state, other))
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-12 * np.abs(one).max())
