@@ -4,7 +4,7 @@ from kfcore._version import __version__
 
 # methods
 from kfcore.curvature import EKFAC, KFAC, Cost, Diagonal, Method, Needs
-from kfcore.damping import Damping
+from kfcore.damping import Damping, LevenbergMarquardt
 from kfcore.eigenbasis import Eigh, Tracked
 
 # models: layers, and the losses as the Fisher matrix sees them
@@ -19,6 +19,7 @@ from kfcore.optimizer import ModelOptimizer, OptimizerState
 from kfcore.diagnostics import measures
 from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, blocks_of
 from kfcore.report import Report
+from kfcore.quadratic import Control, Objective, QuadraticModel
 from kfcore.stepsize import StepSize, StepState
 
 # saving
@@ -36,6 +37,7 @@ __all__ = [
     "Block",
     "BlockOperator",
     "CheckpointError",
+    "Control",
     "Conv",
     "Cost",
     "CrossEntropy",
@@ -44,6 +46,7 @@ __all__ = [
     "Diagonal",
     "Eigh",
     "Embedding",
+    "LevenbergMarquardt",
     "Linear",
     "Loss",
     "Method",
@@ -51,10 +54,12 @@ __all__ = [
     "ModelOptimizer",
     "Needs",
     "Norm",
+    "Objective",
     "Optimizer",
     "OptimizerState",
     "Preconditioner",
     "PreconditionerState",
+    "QuadraticModel",
     "Recorder",
     "Report",
     "StepSize",

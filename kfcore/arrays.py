@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from kfcore._array import Array, Schedule, is_real_floating, namespace, number
+from kfcore._array import Array, Schedule, cast, is_real_floating, namespace, number
 from kfcore.curvature.base import Method, Needs
 from kfcore.layers import check_layers
 from kfcore.layers.base import live_count
 from kfcore.model import Model, flatten, unflatten
 from kfcore.optimizer import ModelOptimizer, OptimizerState, Reduction, Statistics, added, merge
+from kfcore.quadratic import QuadraticModel, inner
 from kfcore.report import Report
 from kfcore.stepsize import StepSize
 
 Record: TypeAlias = tuple[Array, Array | None] | tuple[Array, Array | None, Array | None]
 """``(inputs, output_grads)``, or ``(inputs, output_grads, mask)``."""
 Records: TypeAlias = Mapping[str, Record | list[Record]]
+Product: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+LossFunction: TypeAlias = Callable[[Mapping[str, Any]], Any]
 
 
 class Optimizer:
@@ -29,7 +32,7 @@ class Optimizer:
         The approximation, such as :class:`kfcore.KFAC`.
     layers
         Layer descriptions by name, such as ``{"fc1": kfcore.Linear(784, 128)}``.
-    learning_rate, momentum, nesterov, weight_decay, decay, clip, graft
+    learning_rate, momentum, nesterov, weight_decay, decay, clip, graft, quadratic
         See :class:`kfcore.StepSize`.
     loss_reduction, fallback, group, spread
         See :class:`kfcore.ModelOptimizer`.
@@ -53,13 +56,14 @@ class Optimizer:
         method: Method,
         layers: Mapping[str, Any],
         *,
-        learning_rate: float | Schedule = 0.1,
+        learning_rate: float | Schedule | None = None,
         momentum: float | Schedule = 0.9,
         nesterov: bool = False,
         weight_decay: float | Schedule = 0.0,
         decay: Literal["decoupled", "coupled"] = "decoupled",
         clip: float | Schedule | None = None,
         graft: bool = False,
+        quadratic: QuadraticModel | None = None,
         loss_reduction: Reduction = "mean",
         fallback: Method | None = None,
         group: bool = False,
@@ -75,6 +79,7 @@ class Optimizer:
             decay=decay,
             clip=clip,
             graft=graft,
+            quadratic=quadratic,
         )
         self.loss_reduction: Reduction = loss_reduction
         self._options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
@@ -136,6 +141,8 @@ class Optimizer:
         *,
         terms: float | Array | None = None,
         overrides: Mapping[str, Any] | None = None,
+        curvature_product: Product | None = None,
+        loss: LossFunction | None = None,
     ) -> tuple[dict[str, Any], OptimizerState]:
         """New parameters and new state; the arguments stay as they are.
 
@@ -156,6 +163,11 @@ class Optimizer:
             where the host cannot read the masks at once (on an accelerator, or in a compiled program).
         overrides
             See :meth:`ModelOptimizer.update`.
+        curvature_product
+            With ``quadratic``: a function that multiplies a nest like ``params`` by the generalised Gauss-Newton (or Fisher) matrix of the
+            loss on this batch, at ``params``.
+        loss
+            With ``quadratic``, where it rejects steps or adapts the damping: the loss on this batch at parameters like ``params``.
         """
         statistics: Statistics = None
         if records is not None:
@@ -175,7 +187,8 @@ class Optimizer:
 
             statistics = reduce
 
-        return self.step_reduced(params, grads, statistics, state, terms=terms, overrides=overrides)
+        lent = {"curvature_product": curvature_product, "loss": loss}
+        return self.step_reduced(params, grads, statistics, state, terms=terms, overrides=overrides, **lent)
 
     def step_reduced(
         self,
@@ -186,12 +199,15 @@ class Optimizer:
         *,
         terms: float | Array | None,
         overrides: Mapping[str, Any] | None = None,
+        curvature_product: Product | None = None,
+        loss: LossFunction | None = None,
     ) -> tuple[dict[str, Any], OptimizerState]:
         """:meth:`step` from statistics that :meth:`reduce` made earlier."""
         flat, flat_grads = flatten(params), flatten(grads)
         _same_shapes(flat, flat_grads)
         bound = self.bind(params)
-        updates, state = bound.update(flat, flat_grads, state, statistics, terms=terms, overrides=overrides)
+        objective = None if curvature_product is None and loss is None else _Lent(params, curvature_product, loss)
+        updates, state = bound.update(flat, flat_grads, state, statistics, terms=terms, overrides=overrides, objective=objective)
         new = {name: added(p, updates[name]) if name in updates else p for name, p in flat.items()}
         return unflatten(new, params), state
 
@@ -286,8 +302,17 @@ class Recorder:
         elif name not in self.optimizer.layers:
             raise ValueError(f"`name` must be one of {', '.join(self.optimizer.layers)}, got {name!r}")
 
-    def step(self, params: Mapping[str, Any], grads: Mapping[str, Any], *, terms: float | None = None, **overrides: Any) -> dict[str, Any]:
-        """New parameters; ``overrides`` such as ``learning_rate=0.05`` hold for this step."""
+    def step(
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        *,
+        terms: float | None = None,
+        curvature_product: Product | None = None,
+        loss: LossFunction | None = None,
+        **overrides: Any,
+    ) -> dict[str, Any]:
+        """New parameters; ``overrides`` such as ``learning_rate=0.05`` hold for this step, the rest is that of :meth:`Optimizer.step`."""
         due = self.optimizer.stats_due(self.state)
         missing = [name for name in self.optimizer.layers if name not in self._examples]
         if due and missing:
@@ -298,12 +323,38 @@ class Recorder:
         statistics = self._statistics if due else None
         # the records belong to this step, whether it succeeds or is refused
         self._clear()
-        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides)
+        lent = {"curvature_product": curvature_product, "loss": loss}
+        params, self.state = self.optimizer.step_reduced(params, grads, statistics, self.state, terms=terms, overrides=overrides, **lent)
         return params
 
     def _clear(self) -> None:
         self._statistics: dict[str, Any] = {}
         self._examples: dict[str, float] = {}
+
+
+class _Lent:
+    """The :class:`kfcore.Objective` in two functions of nests."""
+
+    def __init__(self, params: Mapping[str, Any], product: Product | None, loss: LossFunction | None) -> None:
+        if product is None:
+            raise ValueError("`curvature_product` must be given with `quadratic`, at every step")
+        self._params, self._product, self._loss = params, product, loss
+
+    def gram(self, vectors: Sequence[Mapping[str, Array]]) -> Array:
+        xp, flat = namespace(*vectors[0].values()), flatten(self._params)
+        whole = [{name: cast(xp, v[name], p.dtype) if name in v else xp.zeros_like(p) for name, p in flat.items()} for v in vectors]
+        products = [flatten(self._product(unflatten(v, self._params))) for v in whole]
+        for product in products:
+            _same_shapes(flat, product, "curvature_product")
+        return inner(xp, whole, products, dict.fromkeys(flat, 1.0))
+
+    def loss(self, update: Mapping[str, Array] | None) -> float | Array:
+        if self._loss is None:
+            raise ValueError("`loss` must be given where `quadratic` rejects steps or the damping is adaptive")
+        if update is None:
+            return self._loss(self._params)
+        moved = {name: added(p, update[name]) if name in update else p for name, p in flatten(self._params).items()}
+        return self._loss(unflatten(moved, self._params))
 
 
 def _several(record: Any) -> Sequence[Record]:
@@ -316,12 +367,12 @@ def _several(record: Any) -> Sequence[Record]:
     return parts
 
 
-def _same_shapes(params: Mapping[str, Array], grads: Mapping[str, Array]) -> None:
+def _same_shapes(params: Mapping[str, Array], grads: Mapping[str, Array], what: str = "grads") -> None:
     unknown = [name for name in grads if name not in params]
     if unknown:
-        raise ValueError(f"`grads` name the unknown parameters {', '.join(unknown)}; known: {', '.join(params)}")
+        raise ValueError(f"`{what}` name the unknown parameters {', '.join(unknown)}; known: {', '.join(params)}")
     for name, grad in grads.items():
         if tuple(grad.shape) != tuple(params[name].shape):
-            raise ValueError(f"`grads` must have shape {tuple(params[name].shape)} for {name!r}, got {tuple(grad.shape)}")
+            raise ValueError(f"`{what}` must have shape {tuple(params[name].shape)} for {name!r}, got {tuple(grad.shape)}")
         if not is_real_floating(namespace(grad), grad):
-            raise TypeError(f"`grads` must be real floating point, got {grad.dtype} for {name!r}")
+            raise TypeError(f"`{what}` must be real floating point, got {grad.dtype} for {name!r}")

@@ -1,8 +1,8 @@
 """State <-> named arrays and a header: one safetensors file that every framework reads, written at once or not at all.
 
-Layout of a file: tensors named ``curvature/BLOCK/PATH`` and ``momentum/PARAMETER`` (weights as ``[out, in]``, those of convolutions as
-``[out, in, *kernel]``, whatever the model's layout), and in the metadata one JSON text under ``"kfcore"`` with the format, the counters,
-and kind, shape and configuration of every block. Reading executes nothing.
+Layout of a file: tensors named ``curvature/BLOCK/PATH``, ``momentum/PARAMETER`` (weights as ``[out, in]``, those of convolutions as
+``[out, in, *kernel]``, whatever the model's layout) and ``control/NAME`` (of a quadratic model), and in the metadata one JSON text under
+``"kfcore"`` with the format, the counters, and kind, shape and configuration of every block. Reading executes nothing.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def from_arrays(
     momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum}, back=True)
     counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.steps) for k in COUNTERS]
     curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
-    return OptimizerState(curvature, StepState(momentum, loaded["skipped"]))
+    control = _rebuild(like.step.control, "control", loaded)
+    return OptimizerState(curvature, StepState(momentum, loaded["skipped"], control))
 
 
 def translated(name: str, names: Mapping[str, str]) -> str:
@@ -163,7 +164,7 @@ def renamed(arrays: Mapping[str, Any], header: Any, names: Mapping[str, str]) ->
     def key_of(key: str) -> str:
         kind, _, rest = key.partition("/")
         name, slash, field = rest.partition("/")
-        return f"{kind}/{translated(name, here)}{slash}{field}" if rest else key
+        return f"{kind}/{translated(name, here)}{slash}{field}" if rest and kind != "control" else key
 
     _check_header(header)
     blocks = {translated(name, here): block for name, block in header["blocks"].items()}
@@ -175,6 +176,7 @@ def named(optimizer: ModelOptimizer, state: OptimizerState) -> dict[str, Array]:
     named: dict[str, Array] = {"skipped": state.step.skipped}
     for name, block in state.curvature.blocks.items():
         _collect(block, f"curvature/{name}", named)
+    _collect(state.step.control, "control", named)
     return named | {f"momentum/{n}": x for n, x in _layouts(optimizer, state.step.momentum).items()}
 
 

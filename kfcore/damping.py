@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from kfcore import factors
@@ -18,13 +18,77 @@ NORMS: tuple[Norm, ...] = ("mean", "trace", "frobenius", "spectral", "median")
 
 
 @dataclass(frozen=True)
+class LevenbergMarquardt:
+    """A damping that follows how well the quadratic model predicts the loss (Martens and Grosse 2015, section 6.5).
+
+    Every ``every`` steps the ratio of the change of the loss to that of the model, :class:`kfcore.QuadraticModel`, is looked at, on the
+    batch of the step: above ``high`` the model can be trusted more and ``lambda`` shrinks by ``factor^every``, below ``low`` it grows by
+    as much. A loss that is not finite counts as a ratio below ``low``; a change too small for the loss's dtype to show counts as neither.
+
+    Parameters
+    ----------
+    initial
+        ``lambda`` at first. It is in units of the curvature of the mean loss; 150 is what the paper's autoencoders (sums over 784 pixels)
+        start from, 1 is a fair first try for a classifier.
+    every
+        Steps from one look to the next.
+    factor
+        In (0, 1). 19/20 in the paper.
+    low, high
+        Ratios between which ``lambda`` stays.
+    floor, ceiling
+        Bounds of ``lambda``.
+    search_every
+        Adapt the damping of the factors apart from ``lambda``, for methods with factored damping: at every so many steps, if a refresh is
+        due there, factors damped with ``gamma^2`` for ``gamma`` as it is and by ``factor^(search_every / 2)`` smaller and larger are
+        tried, and that of the least model kept (section 6.6). A multiple of ``refresh_every``; 20 in the paper. Not if ``None``.
+    """
+
+    initial: float
+    _: KW_ONLY
+    every: int = 5
+    factor: float = 19 / 20
+    low: float = 0.25
+    high: float = 0.75
+    floor: float = 1e-8
+    ceiling: float = math.inf
+    search_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "factor", "low", "high", "floor"):
+            check_positive(name, getattr(self, name))
+        for name in ("every", "search_every"):
+            value = getattr(self, name)
+            if (name == "every" or value is not None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` of LevenbergMarquardt must be a positive int, got {value!r}")
+        if self.factor >= 1:
+            raise ValueError(f"`factor` must lie in (0, 1), got {self.factor!r}")
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be below `high`, got {self.low!r} and {self.high!r}")
+        if not (isinstance(self.ceiling, numbers.Real) and self.floor <= self.initial <= self.ceiling):
+            raise ValueError(f"`initial` must lie between `floor` and `ceiling`, got {self.initial!r}, {self.floor!r} and {self.ceiling!r}")
+
+    def adapted(self, xp: Namespace, damping: Array, ratio: Array) -> Array:
+        """``lambda`` after a look at ``ratio``, all 0-d; NaN counts as a ratio that is too low."""
+        step = self.factor**self.every
+        one = xp.ones_like(damping)
+        scale = xp.where(ratio > self.high, step * one, xp.where(ratio >= self.low, one, one / step))
+        return self.bounded(xp, damping * scale)
+
+    def bounded(self, xp: Namespace, damping: Array) -> Array:
+        """``damping`` between the bounds."""
+        top = min(self.ceiling, float(xp.finfo(damping.dtype).max))
+        return xp.minimum(xp.maximum(damping, scalar(xp, self.floor, damping)), scalar(xp, top, damping))
+
+
+@dataclass(frozen=True)
 class Damping:
     """How much multiple of the identity is added to a curvature block, and how.
 
     Parameters
     ----------
     value
-        ``lambda``, positive; or a function of the step number that gives it.
+        ``lambda``, positive; a function of the step number that gives it; or a :class:`LevenbergMarquardt` that adapts it.
     kind
         ``"exact"``: ``(G (x) A + lambda I)^-1``, through the eigenbases of both factors.
         ``"factored"``: ``(G + sqrt(lambda) / pi I)^-1 (x) (A + pi sqrt(lambda) I)^-1`` with ``pi = sqrt(|A| / |G|)``
@@ -36,25 +100,32 @@ class Damping:
         Read ``lambda`` in units of the block's mean eigenvalue ``tr(A) tr(G) / (in out)``.
     """
 
-    value: float | Schedule = 1e-3
+    value: float | Schedule | LevenbergMarquardt = 1e-3
     kind: Kind = "factored"
     norm: Norm = "mean"
     relative: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.value):
+        if not callable(self.value) and self.adaptive is None:
             check_positive("damping", self.value)
         for name, allowed in (("kind", KINDS), ("norm", NORMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` of Damping must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @classmethod
-    def of(cls, damping: float | Schedule | Damping) -> Damping:
+    def of(cls, damping: float | Schedule | LevenbergMarquardt | Damping) -> Damping:
         """``damping`` itself, or the default kind with that value."""
         return damping if isinstance(damping, Damping) else cls(damping)
 
+    @property
+    def adaptive(self) -> LevenbergMarquardt | None:
+        """The rule that adapts ``lambda``, if one does."""
+        return self.value if isinstance(self.value, LevenbergMarquardt) else None
+
     def at(self, step: int | Array) -> float | Array:
-        """``lambda`` at ``step``."""
+        """``lambda`` at ``step``; raise if only a state knows it."""
+        if isinstance(self.value, LevenbergMarquardt):
+            raise ValueError("`damping` must be given: it is adaptive (LevenbergMarquardt), and only an optimizer's state knows its value")
         return self.value(step) if callable(self.value) else self.value
 
     def with_value(self, value: float) -> Damping:
@@ -76,13 +147,18 @@ def strength(xp: Namespace, rule: Damping, value: float | Array, forms: Forms, a
     ``forms`` are those of ``g`` and of ``a``, in this order.
     """
     value = float(value) if isinstance(value, numbers.Real) else scalar(xp, value, a)
-    if not rule.relative:
-        return value
-    unit = number(xp, factors.mean(xp, forms[1], a))
+    return value * unit(xp, forms, a, g) if rule.relative else value
+
+
+def unit(xp: Namespace, forms: Forms, a: Array, g: Array | None) -> float | Array:
+    """Mean eigenvalue of a block with factors ``a`` and ``g`` (``None``: the identity), ``[...]`` or a number.
+
+    A block that has seen only zeros has no scale of its own and gets 1: there a relative damping is absolute.
+    """
+    mean = number(xp, factors.mean(xp, forms[1], a))
     if g is not None:
-        unit = unit * number(xp, factors.mean(xp, forms[0], g))
-    # a block that has seen only zeros has no scale of its own: there lambda is absolute
-    return choose(xp, unit > 0, value * unit, value)
+        mean = mean * number(xp, factors.mean(xp, forms[0], g))
+    return choose(xp, mean > 0, mean, 1.0)
 
 
 def split(xp: Namespace, rule: Damping, damping: float | Array, forms: Forms, a: Array, g: Array) -> tuple[float | Array, float | Array]:

@@ -9,8 +9,11 @@ from typing import Any, Literal, NamedTuple
 from kfcore import schedule, stepsize
 from kfcore._array import Array, cast, cond, known, namespace, to_numpy
 from kfcore.curvature.base import Method, Needs
+from kfcore.damping import LevenbergMarquardt
 from kfcore.model import Model
+from kfcore.modelled import AroundParameters, ModelledStep, Prepared
 from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
+from kfcore.quadratic import Objective
 from kfcore.report import Report, report
 from kfcore.statistics import GradientRows, KroneckerStatistics, Use, rows_of
 from kfcore.stepsize import StepSize, StepState
@@ -72,11 +75,12 @@ class ModelOptimizer:
         if not blocks:
             raise ValueError("`layers` and `params` are both empty: there is nothing to optimize")
         self.preconditioner = Preconditioner(blocks, group=group, spread=spread)
+        self._modelled = ModelledStep(step, model, self.preconditioner, self._adaptive(), self._direct)
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         """State that has seen nothing."""
         like = {name: params[parameter] for parameter, names in self.model.block_names().items() for name in names}
-        return OptimizerState(self.preconditioner.init(like), stepsize.init(self.step_size, params))
+        return OptimizerState(self.preconditioner.init(like), stepsize.init(self.step_size, params, self._modelled.rule))
 
     def made(self, state: OptimizerState) -> bool:
         """Whether ``state`` is one of this optimizer, by the names of its blocks."""
@@ -145,6 +149,7 @@ class ModelOptimizer:
         loss_scale: float | Array = 1.0,
         overrides: Mapping[str, Any] | None = None,
         rows: Mapping[str, GradientRows] | None = None,
+        objective: Objective | None = None,
     ) -> tuple[dict[str, Array], OptimizerState]:
         """Updates to be added to the parameters, and the new state.
 
@@ -165,13 +170,25 @@ class ModelOptimizer:
             value, or one a block by name.
         rows
             By block, rows whose product is the gradient, as ``grads`` have it. Where not given, those that the statistics hold are tried.
+        objective
+            The loss whose gradients came in, for a rule with ``quadratic``; as it is, a mean or a sum.
         """
         overrides = dict(overrides or {})
-        grads, directions, curvature = self.directions(
-            grads, state, statistics, terms=terms, loss_scale=loss_scale, damping=overrides.pop("damping", None), rows=rows
-        )
-        count = state.curvature.steps
-        updates, step = stepsize.apply(self.step_size, params, grads, directions, state.step, count, overrides)
+        damping, count = overrides.pop("damping", None), state.curvature.steps
+        given = {"terms": terms, "loss_scale": loss_scale, "rows": rows}
+        if self.step_size.quadratic is None:
+            if objective is not None:
+                raise ValueError("`objective` has no use without `quadratic`, which asks it for products with the curvature matrix")
+            grads, directions, curvature = self.directions(grads, state, statistics, damping=damping, **given)
+            updates, step = stepsize.apply(self.step_size, params, grads, directions, state.step, count, overrides)
+            return updates, OptimizerState(curvature, step)
+        if objective is None:
+            raise ValueError("`objective` must be given at every step with `quadratic`, whose model of the loss it tells")
+        settings = stepsize.settings(self.step_size, count, overrides, grads)
+        decays = stepsize.coupled(self.step_size, settings["weight_decay"], grads)
+        prepared, over = self._prepared(grads, state, statistics, params=params, decays=decays, **given)
+        loss = AroundParameters(objective, 1.0 if over is None else over, params, decays)
+        updates, curvature, step = self._modelled.update(prepared, loss, state.step, settings, damping)
         return updates, OptimizerState(curvature, step)
 
     def directions(
@@ -186,6 +203,26 @@ class ModelOptimizer:
         rows: Mapping[str, GradientRows] | None = None,
     ) -> tuple[dict[str, Array], dict[str, Array], PreconditionerState]:
         """The first half of :meth:`update`: gradients of the mean loss, their directions, and the new curvature state."""
+        prepared, _ = self._prepared(grads, state, statistics, terms=terms, loss_scale=loss_scale, rows=rows)
+        directions, curvature = self._direct(prepared, damping)
+        return dict(prepared.grads), directions, curvature._replace(steps=curvature.steps + 1)
+
+    def _prepared(
+        self,
+        grads: Mapping[str, Array],
+        state: OptimizerState,
+        statistics: Statistics,
+        *,
+        terms: float | Array | None,
+        loss_scale: float | Array,
+        rows: Mapping[str, GradientRows] | None,
+        params: Mapping[str, Array] | None = None,
+        decays: Mapping[str, Any] | None = None,
+    ) -> tuple[Prepared, float | Array | None]:
+        """Gradients of the mean loss and curvature with the statistics of this step, and what a summed loss was divided by.
+
+        Decays that are not zero join the gradients, after the statistics have been taken.
+        """
         if not grads:
             raise ValueError("`grads` is empty: no parameter has a gradient, so run the backward pass before the step")
         if terms is None and self.loss_reduction == "sum":
@@ -195,17 +232,40 @@ class ModelOptimizer:
         grads = {name: grad if scale is None else grad / scale for name, grad in grads.items()}
         matrices = self.model.matrices(grads)
         curvature, seen = self._observe(state, statistics, matrices, terms, loss_scale)
-        before = curvature.refreshed
-        curvature = self.preconditioner.refresh(curvature, damping)
         if rows is None:
             rows = {name: found for name, part in seen.items() if (found := rows_of(part, 1.0 / loss_scale)) is not None}
         if scale is not None:
             rows = {name: found._replace(scale=found.scale / scale) for name, found in rows.items()}
-        directions = self.preconditioner.precondition(curvature, matrices, rows)
-        curvature = self.preconditioner.refresh_late(curvature, before, damping)
+        if params is not None and decays is not None and any(stepsize.nonzero(decay) for decay in decays.values()):
+            grads = {name: stepsize.decayed(grad, params[name], decays[name]) for name, grad in grads.items()}
+            matrices, rows = self.model.matrices(grads), {}
+        return Prepared(grads, matrices, curvature, rows), scale
+
+    def _direct(self, prepared: Prepared, damping: Any) -> tuple[dict[str, Array], PreconditionerState]:
+        """Directions by parameter, and the curvature with the refreshes that are due before or after them."""
+        curvature = self.preconditioner.refresh(prepared.curvature, damping)
+        directions = self.preconditioner.precondition(curvature, prepared.matrices, prepared.rows)
+        curvature = self.preconditioner.refresh_late(curvature, prepared.curvature.refreshed, damping)
         if self.step_size.graft:
-            directions = stepsize.graft(matrices, directions)
-        return grads, self.model.parameters(directions), curvature._replace(steps=curvature.steps + 1)
+            directions = stepsize.graft(prepared.matrices, directions)
+        return self.model.parameters(directions), curvature
+
+    def _adaptive(self) -> LevenbergMarquardt | None:
+        """What adapts the damping of the methods."""
+        methods = {id(block.method): block.method for block in self.preconditioner.blocks.values()}.values()
+        rules = [rule for method in methods if (rule := method.rule.adaptive) is not None]
+        if not rules:
+            return None
+        if self.step_size.quadratic is None:
+            raise ValueError(
+                "`damping` is adaptive, and only the quadratic model can judge it: give `quadratic=kfcore.QuadraticModel()` too"
+            )
+        if any(rule != rules[0] for rule in rules):
+            raise ValueError(f"`fallback` must adapt its damping as `method` does, got {rules[1]!r} and {rules[0]!r}")
+        rigid = [method.name for method in methods if method.rule.adaptive is not None and not method.tikhonov]
+        if rigid:
+            raise ValueError(f"`damping` of {rigid[0]} cannot be a LevenbergMarquardt, for it is not added to the curvature")
+        return rules[0]
 
     def across(
         self, statistics: Mapping[str, Any], terms: float | Array, total: Callable[[Any], Any]
@@ -234,7 +294,7 @@ class ModelOptimizer:
             "skipped_steps": int(to_numpy(state.step.skipped)),
             "dropped_statistics": nonzero("dropped"),
             "kept_refreshes": nonzero("kept"),
-        }
+        } | ({} if state.step.control is None else {name: to_numpy(x).item() for name, x in state.step.control._asdict().items()})
 
     def report(self, reasons: Mapping[str, str] | None = None, itemsize: int = 4) -> Report:
         """Which block every parameter has, why, and what it costs; ``reasons`` by parameter replace the default words."""

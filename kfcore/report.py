@@ -83,7 +83,7 @@ def report(model: Model, blocks: Mapping[str, Block], step: StepSize, reasons: M
         size = 1
         for n in shapes[parameter]:
             size *= n
-        momentum = size * itemsize if step.momentum != 0 else 0
+        momentum = size * itemsize if step.buffered else 0
         rows.append(
             Row(
                 parameter,

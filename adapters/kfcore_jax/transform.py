@@ -36,7 +36,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     @classmethod
     def of(cls, core: _Core) -> Transformation:
         """The transformation that ``core`` computes."""
-        made = cls(core.init, cast("Any", core.update))
+        made = cls(cast("Any", core.init), cast("Any", core.update))
         made.core = core
         return made
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from kfcore._array import Array, Namespace, Schedule, is_real_floating, namespace
-from kfcore.damping import Damping, check_positive
+from kfcore._array import Array, Namespace, Schedule, choose, is_real_floating, namespace, number
+from kfcore.damping import Damping, LevenbergMarquardt, check_positive
 from kfcore.layers import Layer
 from kfcore.operators import BlockOperator
 from kfcore.statistics import GradientRows, Use
@@ -56,7 +56,7 @@ class Method(abc.ABC):
     Parameters
     ----------
     damping
-        Positive number, function of the step, or a :class:`kfcore.Damping`.
+        Positive number, function of the step, a :class:`kfcore.LevenbergMarquardt`, or a :class:`kfcore.Damping`.
     stats_every, refresh_every
         Steps between two updates of the statistics, and between two refreshes of what is applied: an int, or a function of the
         step number that gives one.
@@ -70,7 +70,7 @@ class Method(abc.ABC):
         Draws an example for ``fisher="mc"``.
     """
 
-    damping: float | Schedule | Damping = 1e-3
+    damping: float | Schedule | LevenbergMarquardt | Damping = 1e-3
     stats_every: int | Schedule = 1
     refresh_every: int | Schedule = 10
     stats_decay: float | Schedule = 0.95
@@ -80,6 +80,8 @@ class Method(abc.ABC):
     name: ClassVar[str] = "method"
     late: ClassVar[bool] = False
     """Whether a refresh that is due comes after the direction, all but the first: for methods that measure in what they refresh."""
+    tikhonov: ClassVar[bool] = True
+    """Whether ``damping`` is a multiple of the identity that is added to the curvature."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", Damping.of(self.damping))
@@ -100,6 +102,11 @@ class Method(abc.ABC):
     def rule(self) -> Damping:
         """``damping`` as the object it has become."""
         return Damping.of(self.damping)
+
+    @property
+    def factored(self) -> bool:
+        """Whether the damping is split between two factors, so that one other than ``lambda`` may serve better."""
+        return False
 
     def config(self) -> dict[str, str]:
         """The hyper-parameters as text, for reports and file headers."""
@@ -165,6 +172,13 @@ class Method(abc.ABC):
         """The undamped matrix of :meth:`operator`, ``[..., out in, out in]``, in row-major order. For small blocks."""
         return self.operator(layer, state).dense()
 
+    def unit(self, layer: Layer, state: Any) -> float | Array:
+        """What a relative damping is in units of: the mean eigenvalue of each block, ``[...]`` or a number; 1 where that is zero."""
+        found = self.operator(layer, state)
+        xp = namespace(found.values)
+        mean = number(xp, xp.mean(found.values, axis=(-2, -1)))
+        return choose(xp, mean > 0, mean, 1.0)
+
     @abc.abstractmethod
     def cost(self, layer: Layer, itemsize: int = 4) -> Cost:
         """Memory and operations of a block with factors of ``itemsize`` bytes a number."""
@@ -182,8 +196,8 @@ def _given(name: str, field: str, configured: Any, value: Any) -> Any:
     """``value``, or the configured one if that is a number."""
     if value is not None:
         return value
-    if callable(configured):
-        raise ValueError(f"`{name}` must be given: this method's `{field}` is a schedule, so pass its value at the current step")
+    if not isinstance(configured, numbers.Real):
+        raise ValueError(f"`{name}` must be given: this method's `{field}` changes with the steps, so pass its value at the current one")
     return configured
 
 

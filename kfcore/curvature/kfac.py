@@ -82,6 +82,11 @@ class KFAC(Kronecker):
         """Whether what is applied are eigenbases, not inverses."""
         return self.basis is not None or self.rule.kind == "exact"
 
+    @property
+    def factored(self) -> bool:
+        """Whether the damping is split between two factors."""
+        return self.rule.kind == "factored" and self.fisher != "forward"
+
     def init(self, layer: Layer, like: Array, leading: tuple[int, ...] = ()) -> KFACState:
         """Empty averages and a solver that is the identity."""
         xp, like = like_of(like)
@@ -171,6 +176,10 @@ class KFAC(Kronecker):
             values = right[..., None, :] if left is None else left[..., :, None] * right[..., None, :]
             values, bases = 1.0 / values if damped else values, (out_basis, in_basis)
         return BlockOperator(*bases, xp.broadcast_to(values, (*values.shape[:-2], *layer.shape)))
+
+    def unit(self, layer: Layer, state: KFACState) -> float | Array:
+        """The product of the mean eigenvalues of both factors."""
+        return damp.unit(namespace(state.average.weight), layer.forms, *state.average.values)
 
     def dense(self, layer: Layer, state: KFACState) -> Array:
         """``G (x) A`` from the running averages."""

@@ -157,7 +157,7 @@ def test_the_verbs_name_what_is_wrong(rng, captures):
         method.reduce(layer, state, x, np.ones((6, 1, 2), int))
     with pytest.raises(ValueError, match=r"`grad`.*2, 4.*\(2, 3\)"):
         method.precondition(layer, state, np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"`damping`.*schedule"):
+    with pytest.raises(ValueError, match=r"`damping`.*changes with the steps"):
         kf.KFAC(damping=lambda step: 0.1).refresh(layer, state)
     with pytest.raises(ValueError, match=r"`decay`.*`stats_decay`"):
         kf.KFAC(stats_decay=lambda step: 0.1).observe(state, method.reduce(layer, state, x, g))
