@@ -36,7 +36,7 @@ class Trial(NamedTuple):
 
     directions: tuple[Array, ...]
     blocks: tuple[Any, ...]
-    refreshed: Array
+    refreshed: Array | None
     model: Model
     coefficients: Array
     value: Array
@@ -177,11 +177,13 @@ class ModelledStep:
 
         def search(gamma: Array) -> tuple[Trial, Array]:
             best, kept = attempt(gamma), gamma
+            refreshed = best.refreshed  # the same of all, and the host's
             for other in (gamma * wide, gamma / wide):
                 trial = attempt(other)
                 better = truth(xp, trial.value < best.value)
-                best, kept = select(xp, better, (trial, other), (best, kept))
-            return best, kept
+                found = trial._replace(refreshed=None), best._replace(refreshed=None)
+                best, kept = select(xp, better, (found[0], other), (found[1], kept))
+            return best._replace(refreshed=refreshed), kept
 
         due = (host(prepared.curvature.steps) % self.rule.search_every) == 0
         return cond(due, search, lambda gamma: (attempt(gamma), gamma), old.factored)

@@ -7,7 +7,23 @@ from unittest import SkipTest
 
 import numpy as np
 
-from kfcore import EKFAC, KFAC, CustomLoss, Damping, Embedding, Linear, Method, ModelOptimizer, Norm, Optimizer, StepSize
+from kfcore import (
+    EKFAC,
+    KFAC,
+    Control,
+    CustomLoss,
+    Damping,
+    Embedding,
+    LevenbergMarquardt,
+    Linear,
+    Method,
+    ModelOptimizer,
+    Norm,
+    Optimizer,
+    QuadraticModel,
+    StepSize,
+)
+from kfcore._array import namespace
 from kfcore.checkpoint import from_arrays, to_arrays
 from kfcore.model import Model, flatten
 from kfcore.optimizer import added, merge
@@ -158,6 +174,42 @@ class OptimizerTests:
         self._train(damping=0.1, scales="gradient", moved="measure", refresh_every=3, stats_every=2, group=True)
         self._train(damping=lambda t: 0.3 / (1.0 + t), scales="average", moved="measure", refresh_every=1, relative=True)
         self._train(damping=0.1, scales="average", moved="transport", refresh_every=4, dtype="float32")
+
+    def test_step_by_the_quadratic_model(self) -> None:
+        """Coefficients, an adaptive damping with its search, steps that are taken back: as NumPy takes them."""
+        b, rng, sizes = self.backend, np.random.default_rng(38), self._sizes
+        rule = LevenbergMarquardt(0.5, every=2, factor=0.8, search_every=2)
+        how = {"quadratic": QuadraticModel(reject=True), "weight_decay": 0.01, "decay": "coupled", "clip": 0.05}
+        optimizer = Optimizer(KFAC(damping=rule, refresh_every=2), linears(sizes, {}), **how)
+
+        def run(params: Any, grads: Any, records: Any, state: Any) -> Any:
+            xp = namespace(params["fc1"]["weight"])
+
+            def product(vector: Any) -> Any:
+                """Of the loss at hand only in its size: a third of the steps promise too much."""
+                return {k: product(v) if isinstance(v, dict) else 0.2 * v for k, v in vector.items()}
+
+            def loss(params: Any) -> Any:
+                (x, _), (w, v) = records["fc1"], (params[k]["weight"] for k in ("fc1", "fc2"))
+                hidden = xp.tanh(x @ w.T + params["fc1"]["bias"])
+                return xp.mean((hidden @ v.T + params["fc2"]["bias"]) ** 2)
+
+            return optimizer.step(params, grads, records, state, curvature_product=product, loss=loss)
+
+        host = reference.random_params(rng, sizes)
+        params = b.put(host)
+        there, state, step = optimizer.init(host), optimizer.init(params), self._wrap_step(run)
+        for i, (x, y) in enumerate(self._batches(rng, sizes, 6)):
+            grads, records = reference.network(host, x, y)
+            host, there = run(host, grads, records, there)
+            params, state = step(params, b.put(grads), b.put(records), state)
+            assert_close(flatten(params), flatten(host), b, 1e-9, f"step {i} by the quadratic model: params")
+            desired = Control(*(np.asarray(x) for x in there.step.control or ()))
+            assert_close(state.step.control, desired, b, 1e-9, f"step {i}: control")
+        control = optimizer.diagnostics(there)
+        assert 0 < control["rejected"] < 6, control
+        assert control["damping"] != rule.initial, control
+        assert control["factored"] ** 2 != rule.initial, control
 
     def test_step_of_a_table_and_a_norm(self) -> None:
         """Four steps with a table that has padding, a normalisation and a dense layer, by every kind of factor."""
