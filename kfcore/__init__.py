@@ -21,6 +21,9 @@ from kfcore.preconditioner import Block, Preconditioner, PreconditionerState, bl
 from kfcore.report import Report
 from kfcore.stepsize import StepSize, StepState
 
+# derivatives of networks, by a module of their own
+from kfcore import taylor as taylor
+
 # saving
 from kfcore.checkpoint import CheckpointError, load, save
 

@@ -6,8 +6,9 @@ What can be carried is in :mod:`kfcore.taylor.derivatives`, the networks it goes
 
 from kfcore.taylor.activations import ACTIVATIONS, Activation, relu_power
 from kfcore.taylor.derivatives import Derivatives, Each, Hessian, Pointwise, PointwiseDirections, Weighted, laplacian
+from kfcore.taylor.jets import Columns, Jet, Trace
 from kfcore.taylor.network import Sequential
-from kfcore.taylor.propagation import Columns, Jet, Propagation, Trace
+from kfcore.taylor.propagation import Propagation
 
 __all__ = [
     "ACTIVATIONS",

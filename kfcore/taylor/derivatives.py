@@ -1,13 +1,13 @@
 """Which derivatives of a network are wanted, and the columns that have to be carried for them.
 
-With directions ``v_1 .. v_K`` and ``D_k`` the derivative along ``v_k``, the columns of a point are the value, all ``D_k``, and one for every
-*operator*: a sum ``sum_kl c_kl D_k D_l``, or ``sum_k c_k D_k^m`` with m = 2, 3 or 4. A sum is one column however many terms it has
+With directions ``v_1 .. v_K`` and ``D_k`` the derivative along ``v_k``, the columns of a point are the value, all ``D_k``, and one for
+every *operator*: a sum ``sum_kl c_kl D_k D_l``, or ``sum_k c_k D_k^m`` with m = 2, 3 or 4. A sum is one column however many terms it has
 (Dangel et al. 2025, "Collapsing Taylor mode"; for the Laplacian this is the forward Laplacian of Li et al. 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -43,8 +43,8 @@ class Weighted:
         square = array.ndim == 2 and array.shape[0] == array.shape[1] and self.order == 2
         if not (array.ndim == 1 or square) or not numpy.all(numpy.isfinite(array)) or not numpy.any(array):
             raise ValueError(
-                f"`coefficients` of Weighted must be K numbers or (order 2) K rows of K numbers, finite and not all zero, got {self.coefficients!r} for "
-                f"order {self.order}"
+                "`coefficients` of Weighted must be K numbers or (order 2) K rows of K numbers, finite and not all zero, got "
+                f"{self.coefficients!r} for order {self.order}"
             )
         object.__setattr__(self, "coefficients", tuple(map(tuple, array.tolist())) if square else tuple(array.tolist()))
 

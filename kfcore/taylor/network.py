@@ -46,7 +46,9 @@ class Sequential:
                     f"inputs of {other!r}"
                 )
             if layer.stack != following.stack:
-                raise ValueError(f"`stack` of all layers must be the same, got {layer.stack} of {name!r} and {following.stack} of {other!r}")
+                raise ValueError(
+                    f"`stack` of all layers must be the same, got {layer.stack} of {name!r} and {following.stack} of {other!r}"
+                )
 
     @classmethod
     def mlp(cls, sizes: Sequence[int], activation: str | Activation = "tanh", **options: Any) -> Sequential:

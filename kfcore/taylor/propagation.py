@@ -9,67 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from kfcore._array import Array, Namespace, cast, device, is_real_floating, namespace
 from kfcore.taylor.activations import Activation
-from kfcore.taylor.derivatives import Derivatives, Each, Hessian, Pointwise, PointwiseDirections
+from kfcore.taylor.derivatives import Derivatives, Pointwise, PointwiseDirections
+from kfcore.taylor.jets import Columns, Jet, Trace, jet_of, parts_of, present
 from kfcore.taylor.network import Sequential
-from kfcore.taylor.plan import pairs, pick, place, square
+from kfcore.taylor.plan import pick, place
 from kfcore.taylor.rules import Parts, pull, push
 
 Params: TypeAlias = Mapping[str, Mapping[str, Array]]
 """By layer and role, ``{"fc1": {"weight": ..., "bias": ...}}``, in the layers' own layouts."""
-
-
-class Jet(NamedTuple):
-    """What is known of a network's output ``u`` at N points; or the gradient with respect to it, where ``None`` and operators that are
-    left out stand for zeros.
-    """
-
-    value: Array | None = None
-    """``u [*stack, N, out]``."""
-    first: Array | None = None
-    """Derivatives along the directions, ``[*stack, N, K, out]``."""
-    operators: Mapping[str, Array] = {}  # noqa: RUF012
-    """By name ``[*stack, N, out]``; ``[*stack, N, K, out]`` of Each, ``[*stack, N, K, K, out]`` of Hessian."""
-
-    @property
-    def laplacian(self) -> Array:
-        """The operator of this name."""
-        return self.operators["laplacian"]
-
-
-class Trace(NamedTuple):
-    """What the forward pass leaves for the reverse pass."""
-
-    inputs: dict[str, Array]
-    """Columns entering each dense layer, ``[*stack, N, S, in]``, labelled by :attr:`Propagation.input_columns`."""
-    saved: tuple[Parts, ...]
-    """Columns before each activation."""
-    coefficients: tuple[Array | None, ...]
-    """Of the operators."""
-
-
-class Columns(NamedTuple):
-    """What a dense layer saw, and the gradients with respect to what it gave, column by column.
-
-    The gradient of one point with respect to ``[W b]`` is ``sum_s g_s [z_s, o_s]^T``.
-    """
-
-    inputs: Array
-    """``z [*stack, N, S, in]``."""
-    output_grads: Array
-    """``g [..., *stack, N, S, out]``, with the leading axes of the cotangents."""
-    ones: Array
-    """``o [S]``, the input of the bias: 1 for the value, 0 for derivatives."""
-
-    def rows(self, bias: bool = True) -> Array:
-        """``[z_s, o_s]``, ``[*stack, N, S, in + 1]``, or without ``bias`` the inputs."""
-        if not bias:
-            return self.inputs
-        xp = namespace(self.inputs)
-        return xp.concat([self.inputs, xp.broadcast_to(self.ones[:, None], (*self.inputs.shape[:-1], 1))], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -232,26 +183,7 @@ class Propagation:
             if "bias" in params[name]:
                 assert parts.value is not None
                 parts = parts._replace(value=parts.value + params[name]["bias"][..., None, None, :])
-        return self._jet(xp, parts)
-
-    def _jet(self, xp: Namespace, parts: Parts) -> Jet:
-        value, plan = parts.value, self.derivatives.plan
-        assert value is not None
-
-        def columns(order: int, places: tuple[int, ...]) -> Array:
-            part = parts[order]
-            if part is None:
-                return xp.zeros((*value.shape[:-2], len(places), value.shape[-1]), dtype=value.dtype, device=device(value))
-            return pick(xp, part, places)
-
-        operators = {}
-        for (name, order, places), (_, operator) in zip(plan.places, self.derivatives.operators, strict=True):
-            if isinstance(operator, Hessian):
-                full = columns(order, tuple(places[i] for i in square(plan.count)))
-                operators[name] = xp.reshape(full, (*full.shape[:-2], plan.count, plan.count, full.shape[-1]))
-            else:
-                operators[name] = columns(order, places) if isinstance(operator, Each) else columns(order, places)[..., 0, :]
-        return Jet(value[..., 0, :], columns(1, tuple(range(plan.count))), operators)
+        return jet_of(xp, self.derivatives, parts)
 
     # -- reverse -------------------------------------------------------------------------------------------------------
 
@@ -290,9 +222,11 @@ class Propagation:
         if columns not in ("live", "all"):
             raise ValueError(f"`columns` must be 'live' or 'all', got {columns!r}")
         plan, kept = self.derivatives.plan, list(trace.saved)
-        chosen = self._present(cotangents) if used is None else self.derivatives.labels(*used)
+        like = next(iter(trace.inputs.values()))
+        there = present(self.derivatives, cotangents)
+        chosen = there if used is None else self.derivatives.labels(*used)
         live = self.live_columns(chosen)
-        g = self._cotangents(xp, cotangents, set(chosen), next(iter(trace.inputs.values())))
+        g = parts_of(xp, self.derivatives, cotangents, chosen, (*like.shape[:-2], self.network.outputs), like)
         order = max(i for i, part in enumerate(g) if part is not None)
         found, remaining = {}, list(self.network.layers)
         for step in reversed(self.network.steps):
@@ -343,55 +277,6 @@ class Propagation:
             found[name] = roles
         return found
 
-    def _present(self, cotangents: Jet) -> tuple[str, ...]:
-        """Columns of the jet that have a cotangent."""
-        names = [name for name in ("value", "first") if getattr(cotangents, name) is not None]
-        names += [name for name, c in cotangents.operators.items() if c is not None]
-        names = [name for name in names if name != "first" or self.derivatives.count]
-        if not names:
-            raise ValueError("`cotangents` must not be None everywhere")
-        unknown = set(cotangents.operators) - {name for name, _ in self.derivatives.operators}
-        if unknown:
-            raise ValueError(f"`cotangents` must be of operators of these derivatives, got {', '.join(sorted(unknown))}")
-        return self.derivatives.labels(*names)
-
-    def _cotangents(self, xp: Namespace, cotangents: Jet, used: set[str], like: Array) -> Parts:
-        """Gradients with respect to the columns at the output, those that are not ``used`` left out."""
-        plan, before = self.derivatives.plan, (*like.shape[:-2], self.network.outputs)
-        pieces: list[tuple[int, tuple[int, ...], Array]] = []
-        leading: set[tuple[int, ...]] = set()
-
-        def checked(name: str, c: Array, *middle: int) -> Array:
-            namespace(like, c)
-            shape = (*before[:-1], *middle, before[-1])
-            if tuple(c.shape[-len(shape) :]) != shape or len(leading | {tuple(c.shape[: -len(shape)])}) > 1:
-                raise ValueError(f"`cotangents` of {name!r} must have shape {shape}, all with the same leading axes, got {tuple(c.shape)}")
-            leading.add(tuple(c.shape[: -len(shape)]))
-            return cast(xp, c, like.dtype)
-
-        if cotangents.value is not None:
-            pieces.append((0, (0,), checked("value", cotangents.value)[..., None, :]))
-        if cotangents.first is not None and plan.count:
-            pieces.append((1, tuple(range(plan.count)), checked("first", cotangents.first, plan.count)))
-        for (name, order, places), (_, operator) in zip(plan.places, self.derivatives.operators, strict=True):
-            c = cotangents.operators.get(name)
-            if c is None:
-                continue
-            if isinstance(operator, Hessian):
-                piece = _of_pairs(xp, checked(name, c, plan.count, plan.count))
-            else:
-                piece = checked(name, c, plan.count) if isinstance(operator, Each) else checked(name, c)[..., None, :]
-            pieces.append((order, places, piece))
-        parts: list[Array | None] = [None] * 5
-        for order, places, piece in pieces:
-            chosen = tuple(i for i, at in enumerate(places) if plan.parts[order][at] in used)
-            if chosen:
-                part = place(xp, pick(xp, piece, chosen), tuple(places[i] for i in chosen), plan.sizes[order])
-                parts[order] = part if parts[order] is None else parts[order] + part
-        if all(part is None for part in parts):
-            raise ValueError("`used` must name something that has cotangents, got none")
-        return Parts(*parts)
-
     def _columns(
         self, xp: Namespace, z: Array, entering: tuple[str, ...], g: Array | None, there: tuple[str, ...], labels: tuple[str, ...]
     ) -> Columns:
@@ -435,13 +320,3 @@ def _chosen(xp: Namespace, x: Array, there: tuple[str, ...], labels: tuple[str, 
     common = tuple(label for label in labels if label in there)
     found = pick(xp, x, tuple(there.index(label) for label in common))
     return place(xp, found, tuple(labels.index(label) for label in common), len(labels))
-
-
-def _of_pairs(xp: Namespace, c: Array) -> Array:
-    """What ``c [..., K, K, h]``, by the entries of a symmetric matrix, is by its pairs."""
-    n = c.shape[-2]
-    flat = xp.reshape(c, (*c.shape[:-3], n * n, c.shape[-1]))
-    upper = pick(xp, flat, tuple(k * n + j for k, j in pairs(n)))
-    lower = pick(xp, flat, tuple(j * n + k for k, j in pairs(n)))
-    off = xp.asarray([[float(k != j)] for k, j in pairs(n)], dtype=c.dtype, device=device(c))
-    return upper + off * lower

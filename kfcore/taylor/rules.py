@@ -1,6 +1,7 @@
 """How an activation acts on the columns of a point, and the transpose of its derivative.
 
-With ``a, b, c, e, f`` the derivatives of order 0 to 4 along a direction before the activation, and ``s_k`` those of ``s`` at ``a``, they are behind it
+With ``a, b, c, e, f`` the derivatives of order 0 to 4 along a direction before the activation, and ``s_k`` those of ``s`` at ``a``,
+behind it they are
 
     s_0,   s_1 b,   s_2 b^2 + s_1 c,   s_3 b^3 + 3 s_2 b c + s_1 e,   s_4 b^4 + 6 s_3 b^2 c + s_2 (3 c^2 + 4 b e) + s_1 f
 
