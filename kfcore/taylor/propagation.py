@@ -238,8 +238,9 @@ class Propagation:
                     )
                 before = kept.pop()
                 g = pull(xp, plan, step, before, trace.coefficients, g)
-                if columns == "live":
-                    g = Parts(*(None if y is None else part for part, y in zip(g, before, strict=True)))
+                known = Parts(*(None if y is None else part for part, y in zip(g, before, strict=True)))
+                if columns == "live" and any(part is not None for part in known):
+                    g = known
                 continue
             name, layer = step
             labels = live[name] if columns == "live" else plan.labels
@@ -278,11 +279,9 @@ class Propagation:
         return found
 
     def _columns(
-        self, xp: Namespace, z: Array, entering: tuple[str, ...], g: Array | None, there: tuple[str, ...], labels: tuple[str, ...]
+        self, xp: Namespace, z: Array, entering: tuple[str, ...], g: Array, there: tuple[str, ...], labels: tuple[str, ...]
     ) -> Columns:
         """Both sides with the same columns."""
-        if g is None:
-            g = xp.zeros((*z.shape[:-2], 0, z.shape[-1]), dtype=z.dtype, device=device(z))
         ones = xp.asarray([float(label == "value") for label in labels], dtype=z.dtype, device=device(z))
         return Columns(_chosen(xp, z, entering, labels), _chosen(xp, g, there, labels), ones)
 

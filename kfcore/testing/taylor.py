@@ -187,7 +187,7 @@ def _reference(
     if x.ndim == 3:
         found: list[Any] = []
         for i in range(len(x)):
-            one: Any = mapped(lambda a, i=i: a[i], (params, x, coefficients, directions))
+            one: tuple[Any, Any, Any, Any] = mapped(lambda a, i=i: a[i], (params, x, coefficients, directions))
             found.append(_reference(network, derivatives, *one, mapped(lambda a, i=i: a[:, i], cotangents)))
         jets, grads = zip(*found, strict=True)
         operated = {k: np.stack([j.operators[k] for j in jets]) for k in jets[0].operators}
