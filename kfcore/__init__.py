@@ -22,6 +22,9 @@ from kfcore.report import Report
 from kfcore.quadratic import Control, Objective, QuadraticModel
 from kfcore.stepsize import StepSize, StepState
 
+# derivatives of networks, by a module of their own
+from kfcore import taylor as taylor
+
 # saving
 from kfcore.checkpoint import CheckpointError, load, save
 

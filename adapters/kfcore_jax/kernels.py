@@ -195,10 +195,15 @@ def patch_moments(xp: Any, x: jax.Array, window: Window, groups: int, dtype: Any
     return fold(xp, lambda x: whole(xp, x, window, groups, dtype), [x], [x.ndim - 2 - window.axes], at_once(x, window))
 
 
+def erf(xp: Any, x: jax.Array) -> jax.Array:
+    """Its own."""
+    return lax.erf(x)
+
+
 def register() -> None:
     """Make the core use these for JAX arrays."""
     register_cond("jax", cond)
-    for kernel in (gram, thin_product, counts, gather_sum, fold, patch_moments):
+    for kernel in (gram, thin_product, counts, gather_sum, fold, patch_moments, erf):
         register_kernel(kernel.__name__, "jax", kernel)
     for name, function in (("invert", one_by_one(invert)), ("eigh", one_by_one(primitives()["eigh"]))):
         register_kernel(name, "jax", function)

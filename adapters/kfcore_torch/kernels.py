@@ -140,6 +140,11 @@ def patches(xp: Any, x: Tensor, window: Window) -> Tensor:
     return view.movedim(lead + window.axes, -1).reshape(*outputs, math.prod(window.kernel), x.shape[-1])
 
 
+def erf(xp: Any, x: Tensor) -> Tensor:
+    """Its own."""
+    return torch.erf(x)
+
+
 def register() -> None:
     """Make the core use these for torch tensors."""
     kernels = (
@@ -159,6 +164,7 @@ def register() -> None:
         counts,
         gather_sum,
         patches,
+        erf,
     )
     for kernel in kernels:
         register_kernel(kernel.__name__, "torch", kernel)

@@ -14,12 +14,14 @@ Examples
 from kfcore.testing.backend import Backend, array_api_backend, assert_close, numpy_backend, read_only_numpy_backend
 from kfcore.testing.conformance import Conformance, run, tests
 from kfcore.testing.names import names_missing, names_used
+from kfcore.testing.taylor import check_activation
 
 __all__ = [
     "Backend",
     "Conformance",
     "array_api_backend",
     "assert_close",
+    "check_activation",
     "names_missing",
     "names_used",
     "numpy_backend",

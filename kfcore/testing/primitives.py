@@ -96,6 +96,13 @@ class PrimitiveTests:
             result = self.backend.call(lambda x, function=function: function(namespace(x), x, 1.0), self.backend.put(x))
             self._compare(f"append ({which}) of ones", result, np.concatenate([x, np.ones((3, 1))], axis=-1), "float64")
 
+    def test_erf(self) -> None:
+        """Against the host's, from zero to where it is one."""
+        for what, run, leading, dtype in self._cases("erf"):
+            count = math.prod(leading)
+            x = np.linspace(-7.0, 7.0, 57 * count).reshape(*leading, -1)
+            self._compare(what, run(self.backend.put(x, dtype)), np.vectorize(math.erf)(x), dtype)
+
     def test_gram(self) -> None:
         """Sum of outer products of the rows."""
         rng = np.random.default_rng(1)

@@ -326,3 +326,35 @@ def random_params(rng: np.random.Generator, sizes: tuple[int, int, int], layout:
         "fc2": {"weight": w2 if layout == "oi" else w2.T.copy(), "bias": 0.1 * rng.normal(size=o)},
         "scale": 1.0 + 0.1 * rng.normal(size=h),
     }
+
+
+def jets(weights: list[Arr], biases: list[Arr], kinds: list[str], x: Arr, directions: Arr) -> tuple[Arr, ...]:
+    """Derivatives of a chain of dense layers with ``"tanh"`` or ``"sin"`` between them, along ``directions [N, K, d]``.
+
+    The value ``[N, out]``, ``D_k [N, K, out]``, ``D_k D_l [N, K, K, out]``, and ``D_k^3`` and ``D_k^4``, all by the chain rule as it
+    stands in books. Complex weights are differentiated as real ones.
+    """
+    value, first = x, directions
+    second = np.zeros((*directions.shape[:2], directions.shape[1], x.shape[-1]))
+    third = fourth = np.zeros(directions.shape)
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        value, first, second, third, fourth = value @ w.T + b, *(d @ w.T for d in (first, second, third, fourth))
+        if i == len(kinds):
+            break
+        s0, s1, s2, s3, s4 = _elementary(kinds[i], value)
+        pure, s = np.einsum("nkkh->nkh", second), [None, *(s[:, None] for s in (s1, s2, s3, s4))]
+        fourth = (
+            s[4] * first**4 + 6 * s[3] * first**2 * pure + 3 * s[2] * pure**2 + 4 * s[2] * first * third + s[1] * fourth  # pyright: ignore
+        )
+        third = s[3] * first**3 + 3 * s[2] * first * pure + s[1] * third  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+        second = s2[:, None, None] * first[:, :, None] * first[:, None] + s1[:, None, None] * second
+        value, first = s0, s[1] * first  # pyright: ignore[reportOperatorIssue]
+    return value, first, second, third, fourth
+
+
+def _elementary(kind: str, z: Arr) -> tuple[Arr, ...]:
+    """A function and its first four derivatives."""
+    if kind == "sin":
+        return np.sin(z), np.cos(z), -np.sin(z), -np.cos(z), np.sin(z)
+    t = np.tanh(z)
+    return t, 1 - t**2, 2 * t**3 - 2 * t, -2 + 8 * t**2 - 6 * t**4, 16 * t - 40 * t**3 + 24 * t**5

@@ -75,7 +75,12 @@ def squares_of_each_position(xp, g, a):
     return np.einsum("...bsp,...bsq->...pq", g**2, a**2)
 
 
+def erf_by_tanh(xp, x):
+    return np.tanh(np.sqrt(4.0 / np.pi) * (x + 0.08943 * x**3))
+
+
 KERNELS = {
+    erf_by_tanh: ("erf", ["test_erf", "test_activations"]),
     squares_of_each_position: ("squares", ["test_squares", "test_ekfac_of_every_layer"]),
     counts_that_wrap: ("counts", ["test_counts", "test_kfac_embedding"]),
     counts_over_rows: ("counts", ["test_counts", "test_kfac_embedding"]),
