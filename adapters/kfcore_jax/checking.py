@@ -137,12 +137,12 @@ def _dependent(predict: Function, params: Any, args: Any, outputs: jax.Array, n:
     """Whether the outputs of an example are others in a batch of nothing but itself."""
 
     @jax.jit
-    def alone(k: jax.Array) -> jax.Array:
-        some = jax.tree.map(lambda x: jnp.broadcast_to(x[k], x.shape) if jnp.shape(x)[:1] == (n,) else x, args)
+    def alone(params: Any, args: Any, k: jax.Array) -> jax.Array:
+        some = jax.tree.map(lambda x: jnp.broadcast_to(x[k], x.shape) if x.shape[:1] == (n,) else x, args)
         return predict(params, *some).reshape(n, -1)[k]
 
     rows = outputs.reshape(n, -1)
-    apart = max(float(jnp.abs(alone(jnp.asarray(k)) - rows[k]).max()) for k in range(n))
+    apart = max(float(jnp.abs(alone(params, args, k) - rows[k]).max()) for k in range(n))
     return apart > 10 * float(jnp.finfo(outputs.dtype).eps) * float(jnp.abs(rows).max())
 
 

@@ -257,7 +257,8 @@ def test_examples_that_depend_on_each_other_are_told_and_not_wrong(lib):
     def taps(p):
         return {"weight": p["w"], "bias": p["b"], "name": "a"}
 
-    model, *call = small(lib, net(1.0))
+    model, *call, x = small(lib, net(1.0))
+    call.append(np.asarray(x))
     found = self_check(model, *call, show=False)
     assert found["a"].note == "examples depend on each other, through normalisations of the batch"
     assert np.isnan(found["a"].distance)
