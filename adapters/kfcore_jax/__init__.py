@@ -1,7 +1,8 @@
 """kfcore for JAX: automatic capture from the program of a loss, and optax transformations."""
 
+from kfcore.checking import SelfCheck
 from kfcore_jax import kernels as _kernels
-from kfcore_jax.checking import SelfCheck, self_check
+from kfcore_jax.checking import self_check
 from kfcore_jax.model import Model, trace, value_grad_and_records
 from kfcore_jax.records import Records, accumulate
 from kfcore_jax.tap import tap
