@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfcore import Embedding, Loss, Method, fisher_vectors
+from kfcore import Embedding, Loss, Method
 from kfcore.checkpoint import translated
-from kfcore_jax import program
-from kfcore_jax.analysis import analyse
-from kfcore_jax.evaluation import evaluate
-from kfcore_jax.layout import Layout, Sharing, alike, layout, leaves_of, path_of
-from kfcore_jax.program import Path
+from kfcore_jax.checking import compare_gradients
+from kfcore_jax.fisher import vectors_of
+from kfcore_jax.layout import Layout, Sharing, alike, leaves_of, path_of
 from kfcore_jax.records import Records
-from kfcore_jax.sites import Affine, Geometry, Site
-
-Function = Callable[..., Any]
+from kfcore_jax.sites import Affine, Geometry
+from kfcore_jax.tapped import Function, Tapped, sites_of, zeros
 
 
 class Model:
@@ -69,17 +66,17 @@ class Model:
         return self._captured(params, args, self.layout.sites)
 
     def _captured(self, params: Any, args: Any, names: Collection[str], mask: jax.Array | None = None) -> tuple[Any, Any, Records]:
-        tapped = _Tapped(self.function, params, args, self.has_aux)
+        tapped = Tapped(self.function, params, args, self.has_aux)
         found = self._found(tapped, names)
         uses = {name: found.sites[name] for name in names}
-        sites = _sites(uses)
+        sites = sites_of(uses)
 
         def loss(params: Any, taps: Any) -> Any:
             value, aux, inputs = tapped(params, sites, taps)
             return value, (aux, inputs)
 
         call = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-        (value, (aux, inputs)), (grads, pulled) = call(params, _zeros(sites))
+        (value, (aux, inputs)), (grads, pulled) = call(params, zeros(sites))
         layers = {name: [use.captured(inputs, pulled) for use in of_layer] for name, of_layer in uses.items()}
         masks = self._masks(mask, layers)
         records = Records(layers, self._terms(found, mask), self._uses(found), _rounds(uses), masks=masks)
@@ -120,28 +117,18 @@ class Model:
             raise ValueError(f"`method` must have fisher='mc' or 'exact' here, got {method.fisher!r}; use value_grad_and_records")
         if method.fisher == "mc" and key is None:
             raise ValueError("`key` must be given: fisher='mc' draws labels from the model")
-        tapped = _Tapped(predict, params, args, False)
+        tapped = Tapped(predict, params, args, False)
         found = self._found(tapped, self.layers)
         uses = {name: found.sites[name] for name in self.layers}
-        sites = _sites(uses)
+        sites = sites_of(uses)
 
         def outputs_of(taps: Any) -> Any:
             outputs, _, inputs = tapped(params, sites, taps)
             return outputs, inputs
 
-        outputs, pull, inputs = jax.vjp(outputs_of, _zeros(sites), has_aux=True)
-        terms = loss.terms(outputs, targets)
-        if method.fisher == "mc":
-            assert key is not None
-            sample = lambda key: loss.sample(outputs, targets, _Draw(key, outputs.dtype))  # noqa: E731
-            vectors = jax.vmap(sample)(jax.random.split(key, method.mc_samples))
-        else:
-            vectors = jnp.stack(list(fisher_vectors("exact", loss, outputs, targets)))
-        if mask is not None and outputs.shape[:2] == _checked(mask).shape:
-            real = mask.reshape(*mask.shape, *(1,) * (outputs.ndim - 2))
-            vectors = jnp.where(real, vectors, 0)
-            terms = jnp.sum(mask) * (terms / mask.size) if isinstance(terms, float) else terms
-        pulled = jax.vmap(lambda vector: pull(vector.astype(outputs.dtype))[0])(vectors)
+        outputs, pull, inputs = jax.vjp(outputs_of, zeros(sites), has_aux=True)
+        vectors, terms = vectors_of(method, loss, outputs, targets, key, None if mask is None else _checked(mask))
+        pulled = jax.vmap(lambda vector: pull(vector)[0])(vectors)
 
         def record(use: Geometry) -> tuple[jax.Array, jax.Array | None]:
             """The vectors take their place behind the axes of the stack, as further examples."""
@@ -213,18 +200,10 @@ class Model:
 
         """
         _, grads, records = jax.jit(self.capture)(params, *args)
-        expected = [np.asarray(x, np.float64) for x in leaves_of(grads).values()]
-        found = self._found(_Tapped(self.function, params, args, self.has_aux), self.layout.sites)
-        deviations = {}
-        for name in self.layout.sites:
-            if name not in found.regularised:
-                deviations[name] = max(_deviations(found.sites[name], records.layers[name], expected))
-        wrong = [f"{name} ({value:.1e})" for name, value in deviations.items() if not value <= rtol]
-        if wrong:
-            raise AssertionError(f"gradients rebuilt from the records differ from autodiff's in {', '.join(wrong)}; allowed: {rtol:g}")
-        return deviations
+        found = self._found(Tapped(self.function, params, args, self.has_aux), self.layout.sites)
+        return compare_gradients(found, grads, records, rtol)
 
-    def _found(self, tapped: _Tapped, names: Collection[str]) -> Layout:
+    def _found(self, tapped: Tapped, names: Collection[str]) -> Layout:
         """The layout of this program: sizes of batches and images may differ from those at :func:`trace`, layers and parameters may not."""
         found = tapped.layout(self._how)
         same = [name for name in names if name in found.sites and self._same(name, found)]
@@ -325,7 +304,7 @@ def trace(
     if norm not in ("diagonal", "full"):
         raise ValueError(f"`norm` must be 'diagonal' or 'full', got {norm!r}")
     how = {"bias": bias, "sharing": sharing, "norm": norm, "prefix": prefix}
-    tapped = _Tapped(loss_fn, params, args, has_aux)
+    tapped = Tapped(loss_fn, params, args, has_aux)
     tapped.check_scalar()
     found = tapped.layout(how)
     paths = list(leaves_of(params))
@@ -347,39 +326,6 @@ def value_grad_and_records(loss_fn: Function, **options: Any) -> Callable[..., t
     return call
 
 
-class _Tapped:
-    """The program of a function, with taps at its sites."""
-
-    def __init__(self, function: Function, params: Any, args: Any, has_aux: bool) -> None:
-        self.params, self.args, self.has_aux = params, args, has_aux
-        self.closed, self.shapes = program.trace(function, params, *args)
-
-    def check_scalar(self) -> None:
-        if self.has_aux and not (isinstance(self.shapes, tuple) and len(self.shapes) == 2):
-            raise ValueError("`loss_fn` must return (loss, aux) with has_aux=True")
-        value: Any = self.shapes[0] if self.has_aux else self.shapes
-        if not hasattr(value, "shape") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            came = f"an array of shape {value.shape} and dtype {value.dtype}" if hasattr(value, "shape") else type(value).__name__
-            hint = "" if self.has_aux else "; for (loss, aux) set has_aux=True"
-            raise ValueError(f"`loss_fn` must return a scalar of real floating point, got {came}{hint}")
-
-    def layout(self, how: Mapping[str, Any]) -> Layout:
-        found = analyse(self.closed.jaxpr, jax.tree.leaves(self.params), len(jax.tree.leaves(self.args)))
-        return layout(self.params, found, **how)
-
-    def __call__(self, params: Any, sites: Mapping[Path, Site], taps: Any) -> tuple[Any, Any, Any]:
-        """Value, auxiliary output and inputs of the sites."""
-        args = [*jax.tree.leaves(params), *jax.tree.leaves(self.args)]
-        outs, inputs = evaluate(self.closed.jaxpr, self.closed.consts, args, sites, taps)
-        tree = jax.tree.unflatten(jax.tree.structure(self.shapes), outs)
-        value, aux = tree if self.has_aux else (tree, None)
-        return value, aux, inputs
-
-
-def _sites(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[Path, Site]:
-    return {site.path: site for of_layer in uses.values() for use in of_layer for site in use.sites}
-
-
 def _rounds(uses: Mapping[str, tuple[Geometry, ...]]) -> dict[str, tuple[int, ...]]:
     """Entries of one example at each use, of the layers where they are several."""
     rounds = {name: tuple(use.rounds for use in of_layer) for name, of_layer in uses.items()}
@@ -398,35 +344,3 @@ def _checked(mask: jax.Array) -> jax.Array:
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"`mask` must be boolean of shape [N, S], true at real positions, got {mask.dtype} of shape {mask.shape}")
     return mask
-
-
-def _zeros(sites: Mapping[Path, Site]) -> dict[Path, jax.Array]:
-    """Taps, before anything is added to them."""
-    return {path: program.zeros(site.tap, site.dtype, site.varying) for path, site in sites.items()}
-
-
-class _Draw:
-    """Random numbers from a key that is split anew for every call."""
-
-    def __init__(self, key: jax.Array, dtype: Any) -> None:
-        self.key, self.dtype = key, jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-    def __call__(self, kind: Literal["uniform", "normal"], shape: tuple[int, ...]) -> jax.Array:
-        self.key, own = jax.random.split(self.key)
-        return (jax.random.uniform if kind == "uniform" else jax.random.normal)(own, shape, self.dtype)
-
-
-def _deviations(uses: Sequence[Geometry], pairs: Any, expected: Sequence[np.ndarray]) -> list[float]:
-    """Of the gradients that captured arrays add up to from those by leaf: the weight's, and the bias' if there is one."""
-    rebuilt: dict[int, Any] = {}
-    for use, pair in zip(uses, pairs, strict=True):
-        for leaf, gradient in use.gradients(*(np.asarray(v) for v in pair)).items():
-            rebuilt[leaf] = rebuilt.get(leaf, 0.0) + gradient
-    # a bias may have no gradient but rounding noise, as that of the keys of an attention
-    floor = 1e-3 * float(np.linalg.norm(expected[uses[0].site.leaf]))
-    return [_deviation(x, expected[leaf], floor) for leaf, x in rebuilt.items()]
-
-
-def _deviation(x: Any, y: np.ndarray, floor: float) -> float:
-    """Distance relative to the norm of ``y``, or to ``floor`` if that is larger."""
-    return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), floor, np.finfo(np.float64).tiny))

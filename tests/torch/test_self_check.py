@@ -178,12 +178,12 @@ def shared_rows(model):
 
 
 CASES = {
-    scaled: "a: gradients from what was captured are .* off autograd's: its module computes something else",
-    functional: "a: it has a gradient, but no call of its module was seen",
-    also_functional: "a: gradients from what was captured are .* off autograd's",
-    partly_detached: "a: gradients from what was captured are .* off autograd's",
-    other_input: "a: gradients from what was captured are .* off autograd's",
-    mixed: "a: gradients of single examples are .* off autograd's, though not their sum: examples are mixed",
+    scaled: "a: gradients from what was captured are .* off autodiff's: its layer computes something else",
+    functional: "a: it has a gradient, but no call of its layer was seen",
+    also_functional: "a: gradients from what was captured are .* off autodiff's",
+    partly_detached: "a: gradients from what was captured are .* off autodiff's",
+    other_input: "a: gradients from what was captured are .* off autodiff's",
+    mixed: "a: gradients of single examples are .* off autodiff's, though not their sum: examples are mixed",
     shared_rows: "a: the first axis of its input has 5 entries, which are not the 2 examples",
 }
 
@@ -313,7 +313,7 @@ def test_the_call_is_as_it_is_told(capsys):
     single = model.float()
     found = self_check(single, (x.float(), None), show=False)
     assert 0.0 < max(row.gradient for row in found) < 1e-4
-    with pytest.raises(AssertionError, match="off autograd"):
+    with pytest.raises(AssertionError, match="off autodiff"):
         self_check(single, (x.float(), None), tolerance=1e-9, show=False)
     with pytest.raises(ValueError, match=r"`outputs` must have the 2 examples of the layers on their first axis, got \(3, 2\)"):
         self_check(single, (x.float(), None), forward=lambda model, x: model(x).mT, show=False)
