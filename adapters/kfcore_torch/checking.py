@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections import Counter
@@ -14,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import kfcore
 from kfcore import EKFAC, KFAC, CrossEntropy, Loss, Method, StepSize
 from kfcore._array import namespace
 from kfcore.scales import example_gradients
@@ -113,7 +113,8 @@ def self_check(
     loss
         Description of the loss, :class:`kfcore.CrossEntropy` if not given.
     method
-        :class:`kfcore.KFAC` if not given. Its Fisher type is taken to be ``"exact"``, and scales to be averages.
+        :class:`kfcore.KFAC` if not given. Its Fisher type is taken to be ``"exact"``, and scales to be averages. For methods with blocks of
+        other kinds (MAC and its relatives) KFAC is taken.
     params
         The trained parameters, all that require gradients if not given.
     forward
@@ -214,6 +215,8 @@ class _Engine(Engine):
 def _exact(method: Method) -> Method:
     if isinstance(method, EKFAC):
         return replace(method, fisher="exact", scales="average")
+    if type(method) is not KFAC:  # one whose blocks are of some other kind: what is captured is the same
+        return KFAC(fisher="exact")
     return replace(method, fisher="exact")
 
 
@@ -367,7 +370,4 @@ def _distance(engine: _Engine, block: str, captured: list[list[Use]], exact: Ten
         return float((found.values - diagonal).norm() / diagonal.norm().clamp(min=torch.finfo(diagonal.dtype).tiny))
     if not of.leading:
         return found.distance(gradients, terms)
-    sides = found.output_basis, found.input_basis
-    groups = [[None if x is None else x.flatten(0, -3)[k] for x in (*sides, found.values)] for k in range(math.prod(of.leading))]
-    each = gradients.flatten(0, -4)
-    return max(kfcore.BlockOperator(left, right, values).distance(each[k], terms) for k, (left, right, values) in enumerate(groups))
+    return max(found.at(index).distance(gradients[index], terms) for index in itertools.product(*map(range, of.leading)))

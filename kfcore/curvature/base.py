@@ -7,7 +7,7 @@ import enum
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -104,6 +104,20 @@ class Method(abc.ABC):
     def config(self) -> dict[str, str]:
         """The hyper-parameters as text, for reports and file headers."""
         return {f.name: getattr(v := getattr(self, f.name), "__name__", None) or repr(v) for f in fields(self)}
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    def assign(self, layers: Mapping[str, Any]) -> Mapping[str, Method]:
+        """The method of each of a model's ``layers``, in the order of the forward pass: this one, unless a subclass knows better."""
+        return dict.fromkeys(layers, self)
+
+    def first_of(self, layers: Mapping[str, Any]) -> str | None:
+        """Which of ``layers`` is treated as the first because it comes first among them; none, if nothing depends on that."""
+        return None
+
+    def others(self) -> Method | None:
+        """The method of parameters that no layer covers; ``None`` stands for a :class:`kfcore.Diagonal` of the same damping."""
+        return None
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 
