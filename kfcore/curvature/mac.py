@@ -37,8 +37,8 @@ class MAC(RankOne):
     Only inputs are looked at, in the forward pass. A state holds ``2 in`` numbers; a refresh costs ``O(in)``, a step ``4 in out``
     operations.
 
-    Dense layers have the mean over all positions, which kinds of weight sharing do not change; convolutions their mean patch, each group its
-    own; tables the shares of their rows. A bias that is separate has the constant input 1 and shrinks by ``rho / (rho + 1)``.
+    Dense layers have the mean over all positions, which kinds of weight sharing do not change; convolutions their mean patch, each group
+    its own; tables the shares of their rows. A bias that is separate has the constant input 1 and shrinks by ``rho / (rho + 1)``.
     Normalisations and parameters of no layer get their gradients (:class:`kfcore.Gradient`).
 
     Parameters

@@ -37,7 +37,7 @@ class RankOneState(NamedTuple):
     """State of a block; every array may have leading axes that stack equal layers."""
 
     average: RunningAverage
-    """Running averages of the mean input ``[..., in]`` and of what the method takes of the output gradients ``[..., out]`` (or ``None``)."""
+    """Running averages of the mean input ``[..., in]`` and of what is taken of the output gradients ``[..., out]`` (or ``None``)."""
     solver: Deflation
     """What is applied."""
     dropped: Array
