@@ -45,11 +45,11 @@ def test_a_model_that_begins_with_a_table_has_no_first_layer():
 def test_the_method_of_the_first_layer_goes_with_that_of_the_others(convnet):
     damping, every = kf.Damping(2.0), 3
     for first, decoupled in (("covariance", False), ("decoupled", True)):
-        found = methods(convnet, kf.MAC(damping=damping, stats_every=every, refresh_every=4, first=first))
+        found = methods(convnet, kf.MAC(damping=damping, stats_every=every, refresh_every=4, first=first), {"gain": (3,)})
         own = found["conv"]
         assert own == kf.FOOF(damping=damping, stats_every=every, refresh_every=40, stats_decay=1.0, decoupled=decoupled)
         assert found["norm"] == kf.Gradient(damping=damping, stats_every=every, refresh_every=4)
-        assert found["norm"] is found["bn"], "equal methods are one, so that they are due together"
+        assert found["norm"] is found["bn"] is found["gain"], "equal methods are one, so that they are due together"
     assert methods(convnet, kf.MAC(decoupled=False, first="decoupled"))["conv"].decoupled is False
     own = kf.FOOF(damping=0.1)
     assert methods(convnet, kf.MAC(first=own))["conv"] is own
@@ -82,7 +82,16 @@ def test_the_covariance_is_that_of_all_batches(rng):
             now = new
 
 
-@pytest.mark.parametrize(("method", "scale"), [(kf.MAC(damping=4.0), 1.0), (kf.MAC(damping=4.0, decoupled=False), 0.25)])
+@pytest.mark.parametrize(
+    ("method", "scale"),
+    [
+        (kf.MAC(damping=4.0), 1.0),
+        (kf.MAC(damping=4.0, decoupled=False), 0.25),
+        (kf.SMAC(damping=4.0), 0.25),
+        (kf.FOOF(damping=4.0), 0.25),
+        (kf.FOOF(damping=4.0, decoupled=True), 1.0),
+    ],
+)
 def test_what_has_no_rank_one_block_goes_by_gradients_of_the_same_scale(rng, method, scale):
     layers = {"norm": kf.Norm(3), "fc": kf.Linear(3, 2)}
     params = {name: {r: rng.normal(size=s) for r, s in layer.parameters.items()} for name, layer in layers.items()} | {"gain": np.ones(2)}
@@ -90,7 +99,7 @@ def test_what_has_no_rank_one_block_goes_by_gradients_of_the_same_scale(rng, met
         n: {r: rng.normal(size=v.shape) for r, v in p.items()} if isinstance(p, dict) else rng.normal(size=2) for n, p in params.items()
     }
     optimizer = kf.Optimizer(method, layers, learning_rate=1.0, momentum=0.0)
-    new, _ = optimizer.step(params, grads, {"fc": (rng.normal(size=(4, 3)), None)}, optimizer.init(params))
+    new, _ = optimizer.step(params, grads, {"fc": (rng.normal(size=(4, 3)), rng.normal(size=(4, 2)))}, optimizer.init(params))
     np.testing.assert_allclose(params["gain"] - new["gain"], scale * grads["gain"], rtol=1e-13)
     for role in ("weight", "bias"):
         np.testing.assert_allclose(params["norm"][role] - new["norm"][role], scale * grads["norm"][role], rtol=1e-13)
