@@ -73,7 +73,7 @@ class ModelOptimizer:
         if not blocks:
             raise ValueError("`layers` and `params` are both empty: there is nothing to optimize")
         self.preconditioner = Preconditioner(blocks, group=group, spread=spread)
-        self._sees = any(block.method.requires(block.layer) for block in blocks.values())
+        self._blind = frozenset(name for name, block in blocks.items() if not block.method.requires(block.layer))
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         """State that has seen nothing."""
@@ -119,9 +119,9 @@ class ModelOptimizer:
         parts = None if use is None or use is self.model.layers[layer] else use.blocks()
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
-            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
-            if not block.method.requires(block.layer):
+            if name in self._blind:
                 continue
+            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
             part = block.layer if parts is None else parts[suffix]
             statistics[name] = block.method.reduce(part, old, inputs, output_grads, mask=mask)
         return statistics
@@ -138,9 +138,9 @@ class ModelOptimizer:
         parts = [description.blocks() for description in whole]
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
-            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
-            if not block.method.requires(block.layer):
+            if name in self._blind:
                 continue
+            block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
             of_block = [use._replace(layer=part[suffix]) for use, part in zip(uses, parts, strict=True)]
             statistics[name] = block.method.reduce_all(of_block, old)
         return statistics
@@ -264,7 +264,7 @@ class ModelOptimizer:
         Gives those captured of the training loss too, unless they were computed in a branch of a compiled program.
         """
         curvature = state.curvature
-        if not self._sees:
+        if len(self._blind) == len(self.preconditioner.blocks):
             return curvature, {}
         due = self.stats_due(state)
         if statistics is None and self.captured and known(schedule.due(self.method.stats_every, curvature.steps)):

@@ -41,7 +41,7 @@ def damped(kind: str, a: Arr, g: Arr, damping: float, decoupled: bool = True) ->
 def direction(kind: str, a: Arr, g: Arr, grad: Arr, damping: float, decoupled: bool = True) -> Arr:
     """Its inverse applied to ``grad [..., out, in]``."""
     if grad.ndim > 2:
-        return np.stack([direction(kind, *block, damping, decoupled) for block in zip(a, g, grad, strict=True)])
+        return np.stack([direction(kind, x, y, z, damping, decoupled) for x, y, z in zip(a, g, grad, strict=True)])
     return np.linalg.solve(damped(kind, a, g, damping, decoupled), grad.reshape(-1)).reshape(grad.shape)
 
 
@@ -64,7 +64,7 @@ class MeanTrajectory(reference.Trajectory):
     def _direction(self, name: str, grad: Arr, due: bool, o: dict[str, Any]) -> Arr:
         if name == "scale":
             if self.kind == "eva":
-                return grad / (average(self.seen[name], o["stats_decay"])[0] + o["damping"])
+                return grad / (self._averages(name, o)[0] + o["damping"])
             return grad if self.kind == "mac" else grad / o["damping"]
         of_first = name == "fc1" and self.first != "rank-one"
         if of_first and self.kind != "foof":
@@ -72,12 +72,14 @@ class MeanTrajectory(reference.Trajectory):
         if due:
             self.used[name] = average(self.seen[name], 1.0 if of_first and self.kind != "foof" else o["stats_decay"])
         decoupled = self.first == "decoupled" if of_first else self.kind in ("mac", "smac")
-        return direction(self._kind(name), *self.used[name], grad, o["damping"], decoupled)
+        a, g = self.used[name]
+        return direction(self._kind(name), a, g, grad, o["damping"], decoupled)
 
 
-def average(seen: list[Any], decay: float) -> list[Arr]:
-    """Running averages of each of several arrays."""
-    return [reference.average(list(values), decay) for values in zip(*seen, strict=True)]
+def average(seen: list[Any], decay: float) -> tuple[Arr, Arr]:
+    """Running averages of both sides."""
+    a, g = (reference.average(list(values), decay) for values in zip(*seen, strict=True))
+    return a, g
 
 
 class MeanTests:
