@@ -3,7 +3,7 @@
 from kfcore._version import __version__
 
 # methods
-from kfcore.curvature import EKFAC, KFAC, Cost, Diagonal, Method, Needs
+from kfcore.curvature import EKFAC, FOOF, KFAC, MAC, SMAC, Cost, Diagonal, Eva, Gradient, Method, Needs
 from kfcore.damping import Damping, LevenbergMarquardt
 from kfcore.eigenbasis import Eigh, Tracked
 
@@ -33,8 +33,11 @@ from kfcore._array import primitives, register_cond, register_kernel, to_numpy
 
 __all__ = [
     "EKFAC",
+    "FOOF",
     "KFAC",
+    "MAC",
     "MSE",
+    "SMAC",
     "BCEWithLogits",
     "Bias",
     "Block",
@@ -49,6 +52,8 @@ __all__ = [
     "Diagonal",
     "Eigh",
     "Embedding",
+    "Eva",
+    "Gradient",
     "LevenbergMarquardt",
     "Linear",
     "Loss",

@@ -58,7 +58,7 @@ class Optimizer:
         *,
         learning_rate: float | Schedule | None = None,
         momentum: float | Schedule = 0.9,
-        nesterov: bool = False,
+        nesterov: bool | Literal["delayed"] = False,
         weight_decay: float | Schedule = 0.0,
         decay: Literal["decoupled", "coupled"] = "decoupled",
         clip: float | Schedule | None = None,
@@ -110,6 +110,11 @@ class Optimizer:
     def stats_due(self, state: OptimizerState) -> Any:
         """Whether the coming step wants records."""
         return self._of(state).stats_due(state)
+
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """Layers of which records are wanted: all but those that the method leaves to their gradients."""
+        return self._alone.captured
 
     def reduce(
         self, state: OptimizerState, name: str, inputs: Array, output_grads: Array | None = None, mask: Array | None = None
@@ -172,10 +177,10 @@ class Optimizer:
         statistics: Statistics = None
         if records is not None:
             flat = {name: _several(record) for name, record in records.items()}
-            missing = [name for name in self.layers if name not in flat]
+            missing = [name for name in self.layers if name not in flat and name in self.captured]
             if missing:
                 raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}")
-            if terms is None:
+            if terms is None and flat:
                 terms = self.terms_of({name: sum(self.examples(name, *part) for part in parts) for name, parts in flat.items()})
 
             def reduce(state: OptimizerState) -> dict[str, Any]:
@@ -314,11 +319,11 @@ class Recorder:
     ) -> dict[str, Any]:
         """New parameters; ``overrides`` such as ``learning_rate=0.05`` hold for this step, the rest is that of :meth:`Optimizer.step`."""
         due = self.optimizer.stats_due(self.state)
-        missing = [name for name in self.optimizer.layers if name not in self._examples]
+        missing = [name for name in self.optimizer.layers if name not in self._examples and name in self.optimizer.captured]
         if due and missing:
             self._clear()
             raise ValueError(f"nothing was recorded for {', '.join(missing)}: call `record` for every layer before `step`")
-        if due and terms is None:
+        if due and terms is None and self._examples:
             terms = self.optimizer.terms_of(self._examples)
         statistics = self._statistics if due else None
         # the records belong to this step, whether it succeeds or is refused

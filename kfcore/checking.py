@@ -7,6 +7,7 @@ single examples as automatic differentiation gives them.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections import Counter
@@ -17,7 +18,6 @@ from typing import Any
 from kfcore._array import Array, Namespace, factor_dtype, namespace
 from kfcore.curvature import EKFAC, KFAC, Method
 from kfcore.model import Model
-from kfcore.operators import BlockOperator
 from kfcore.preconditioner import Block
 from kfcore.scales import example_gradients
 from kfcore.statistics import Use
@@ -93,6 +93,8 @@ def exactly(method: Method) -> Method:
     """``method`` under the exact Fisher matrix, its scales averages."""
     if isinstance(method, EKFAC):
         return replace(method, fisher="exact", scales="average")
+    if type(method) is not KFAC:  # one whose blocks are of some other kind: what is captured is the same
+        return KFAC(fisher="exact")
     return replace(method, fisher="exact")
 
 
@@ -254,8 +256,5 @@ def _distance(xp: Namespace, of: Block, captured: list[list[Use]], exact: Array,
         return apart / max(norm, float(xp.finfo(diagonal.dtype).smallest_normal))
     if not of.leading:
         return found.distance(gradients, terms)
-    count, sides = math.prod(of.leading), (found.output_basis, found.input_basis, found.values)
-    flat = [None if x is None else xp.reshape(x, (count, *x.shape[-2:])) for x in sides]
-    each = xp.reshape(gradients, (count, *gradients.shape[-3:]))
-    stacked: Any = [[None if x is None else x[k, ...] for x in flat] for k in range(count)]
-    return max(BlockOperator(*of_one).distance(each[k, ...], terms) for k, of_one in enumerate(stacked))
+    each = itertools.product(*map(range, of.leading))
+    return max(found.at(index).distance(gradients[(*index, ...)], terms) for index in each)

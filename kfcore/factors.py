@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from kfcore import linalg
-from kfcore._array import Array, Namespace, device
+from kfcore._array import Array, Namespace, device, number
 from kfcore.linalg import FLOOR
 
 Form = Literal["matrix", "diagonal"]
@@ -79,9 +79,14 @@ def damped(xp: Namespace, form: Form, x: Array, damping: float | Array) -> Array
     accurate as it came, so that there any positive number will do.
     """
     if form == "diagonal":
-        least: Any = linalg.carried(xp, damping, 0.0, x.dtype)
+        least: Any = raised(xp, form, x, damping)
         return x + (least if isinstance(least, float) else least[..., None])
     return linalg.damped(xp, x, damping)
+
+
+def raised(xp: Namespace, form: Form, x: Array, damping: float | Array) -> float | Array:
+    """What :func:`damped` adds to the diagonal."""
+    return linalg.carried(xp, damping, 0.0 if form == "diagonal" else number(xp, linalg.trace(xp, x)), x.dtype)
 
 
 def invert_all(xp: Namespace, factors: Sequence[tuple[Form, Array]]) -> list[tuple[Array, Array]]:

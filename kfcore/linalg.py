@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 
@@ -119,6 +119,20 @@ def sandwich(xp: Namespace, left: Array, x: Array, right: Array) -> Array:
 def thin_product(xp: Namespace, left: Array, right: Array) -> Array:
     """``left^T right`` of few rows ``left [..., n, p]`` and ``right [..., n, q]``: ``[..., p, q]``."""
     return left.mT @ right
+
+
+@primitive
+def deflate(xp: Namespace, x: Array, vector: Array) -> Array:
+    """``x (I - u u^T)`` of ``x [..., m, n]`` and the ``vector`` ``u [..., n]``, whose outer product is not made."""
+    return x - (x @ vector[..., :, None]) * vector[..., None, :]
+
+
+def length(xp: Namespace, x: Array, axis: Literal[-1] | None = -1) -> Array:
+    """Euclidean norm along the last axis, or of all entries, which neither overflows nor vanishes: scaled by the largest entry."""
+    top = xp.max(xp.abs(x), axis=axis, keepdims=True)
+    unit = xp.where(top > 0, top, xp.ones_like(top))
+    norm = unit * xp.sqrt(xp.sum((x / unit) ** 2, axis=axis, keepdims=True))
+    return xp.reshape(norm, () if axis is None else x.shape[:-1])
 
 
 @primitive

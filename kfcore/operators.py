@@ -5,12 +5,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from kfcore._array import Array, Namespace, namespace, scalar
+from kfcore._array import Array, Namespace, device, namespace, scalar
 from kfcore.damping import check_positive
 from kfcore.factors import MATRICES, sandwich
-from kfcore.linalg import energy, identity, kron
+from kfcore.linalg import deflate, energy, identity, kron, length
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """An orthonormal basis ``H = I - 2 w w^T`` of which only ``w`` is kept; it is its own inverse."""
+
+    vector: Array
+    """``w [..., n]``, of length 1."""
+
+    @classmethod
+    def onto(cls, x: Array) -> Reflection:
+        """The basis whose first vector is ``x [..., n]`` up to length and sign; any, where ``x`` is zero."""
+        xp = namespace(x)
+        size = length(xp, x)
+        unit = x / xp.where(size > 0, size, xp.ones_like(size))[..., None]
+        first = xp.astype(xp.arange(x.shape[-1], dtype=xp.int32, device=device(x)) == 0, x.dtype)
+        one = xp.ones_like(unit[..., :1])
+        w = unit + xp.where(unit[..., :1] >= 0, one, -one) * first  # of the two signs the one that cancels nothing
+        return cls(w / length(xp, w)[..., None])
+
+    @property
+    def mT(self) -> Reflection:  # noqa: N802
+        """The inverse, itself."""
+        return self
+
+    def after(self, x: Array) -> Array:
+        """``x H`` for ``x [..., m, n]``."""
+        return deflate(namespace(x), x, math.sqrt(2.0) * self.vector)
+
+    def dense(self) -> Array:
+        """``H [..., n, n]``."""
+        return self.after(identity(namespace(self.vector), self.vector, self.vector.shape[-1], tuple(self.vector.shape[:-1])))
+
+
+Basis: TypeAlias = Array | Reflection | None
+"""Orthonormal vectors, the columns of ``[..., n, n]``; ``None`` is the identity."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +58,10 @@ class BlockOperator:
     independent blocks. For Laplace approximations, influence functions and tests; made by :meth:`kfcore.Method.operator`.
     """
 
-    output_basis: Array | None
-    """``U_G [..., out, out]``; ``None`` is the identity."""
-    input_basis: Array | None
-    """``U_A [..., in, in]``; ``None`` is the identity."""
+    output_basis: Basis
+    """``U_G [..., out, out]``."""
+    input_basis: Basis
+    """``U_A [..., in, in]``."""
     values: Array
     """Eigenvalues ``[..., out, in]``, not negative."""
 
@@ -47,8 +83,12 @@ class BlockOperator:
         """``f`` of the operator, which is ``f`` of each eigenvalue, applied to ``x [..., out, in]``."""
         xp = self._checked(x)
         left, right = self.output_basis, self.input_basis
-        turned = sandwich(xp, MATRICES, None if left is None else left.mT, x, right)
-        return sandwich(xp, MATRICES, left, f(self.values) * turned, None if right is None else right.mT)
+        turned = _between(xp, None if left is None else left.mT, x, right)
+        return _between(xp, left, f(self.values) * turned, None if right is None else right.mT)
+
+    def at(self, index: tuple[int, ...]) -> BlockOperator:
+        """One of the stacked blocks."""
+        return BlockOperator(_picked(self.output_basis, index), _picked(self.input_basis, index), self.values[(*index, ...)])
 
     def sample(self, noise: Array, *, inverse: bool = True) -> Array:
         """Draws of a normal distribution with mean zero, from standard normal ``noise [..., out, in]``.
@@ -81,7 +121,7 @@ class BlockOperator:
         """The matrix ``[..., out in, out in]``, in row-major order of the weights. For small blocks."""
         xp, (out, inp) = namespace(self.values), self.values.shape[-2:]
         sides = ((self.output_basis, out), (self.input_basis, inp))
-        left, right = (identity(xp, self.values, n) if basis is None else basis for basis, n in sides)
+        left, right = (identity(xp, self.values, n) if basis is None else _dense(basis) for basis, n in sides)
         basis = kron(xp, left, right)
         return (basis * xp.reshape(self.values, (*self.values.shape[:-2], 1, self.size))) @ basis.mT
 
@@ -120,6 +160,25 @@ class BlockOperator:
 
 DENSE = 4096
 """Weights in a block up to which :meth:`BlockOperator.distance` makes matrices."""
+
+
+def _between(xp: Namespace, left: Basis, x: Array, right: Basis) -> Array:
+    """``left x right``."""
+    if isinstance(left, Reflection):
+        x, left = left.after(x.mT).mT, None
+    if isinstance(right, Reflection):
+        x, right = right.after(x), None
+    return sandwich(xp, MATRICES, left, x, right)
+
+
+def _dense(basis: Array | Reflection) -> Array:
+    return basis.dense() if isinstance(basis, Reflection) else basis
+
+
+def _picked(basis: Basis, index: tuple[int, ...]) -> Basis:
+    if isinstance(basis, Reflection):
+        return Reflection(basis.vector[(*index, ...)])
+    return None if basis is None else basis[(*index, ...)]
 
 
 def _ratio(xp: Any, squared: Array, of: Array) -> float:

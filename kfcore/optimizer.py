@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -76,6 +77,7 @@ class ModelOptimizer:
             raise ValueError("`layers` and `params` are both empty: there is nothing to optimize")
         self.preconditioner = Preconditioner(blocks, group=group, spread=spread)
         self._modelled = ModelledStep(step, model, self.preconditioner, self._adaptive(), self._direct)
+        self._blind = frozenset(name for name, block in blocks.items() if not block.method.requires(block.layer))
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         """State that has seen nothing."""
@@ -98,6 +100,11 @@ class ModelOptimizer:
             needs |= block.method.requires(block.layer)
         return needs
 
+    @functools.cached_property
+    def captured(self) -> tuple[str, ...]:
+        """Layers of which something must be captured, in the order of the model."""
+        return tuple(name for name in self.model.layers if self.needs(name) & (Needs.INPUTS | Needs.OUTPUT_GRADS))
+
     def reduce(
         self,
         state: OptimizerState,
@@ -116,6 +123,8 @@ class ModelOptimizer:
         parts = None if use is None or use is self.model.layers[layer] else use.blocks()
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
+            if name in self._blind:
+                continue
             block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
             part = block.layer if parts is None else parts[suffix]
             statistics[name] = block.method.reduce(part, old, inputs, output_grads, mask=mask)
@@ -133,6 +142,8 @@ class ModelOptimizer:
         parts = [description.blocks() for description in whole]
         statistics = {}
         for suffix, name in self.model.blocks(layer).items():
+            if name in self._blind:
+                continue
             block, old = self.preconditioner.blocks[name], state.curvature.blocks[name]
             of_block = [use._replace(layer=part[suffix]) for use, part in zip(uses, parts, strict=True)]
             statistics[name] = block.method.reduce_all(of_block, old)
@@ -277,7 +288,7 @@ class ModelOptimizer:
         everyone = total(terms)
         summed = {name: part.weighing(self._share(terms)).across(total) for name, part in statistics.items()}
         weight, over = 1.0 / _positive(self._share(everyone)), self._over(everyone)
-        return {name: part.weighing(weight).over(over) for name, part in summed.items()}, everyone
+        return {name: part.weighing(weight).over(over, everyone) for name, part in summed.items()}, everyone
 
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
         """Counters as host numbers: steps taken and skipped, and by block the statistics dropped and the refreshes that failed.
@@ -313,8 +324,10 @@ class ModelOptimizer:
         Gives those captured of the training loss too, unless they were computed in a branch of a compiled program.
         """
         curvature = state.curvature
+        if len(self._blind) == len(self.preconditioner.blocks):
+            return curvature, {}
         due = self.stats_due(state)
-        if statistics is None and self.model.layers and known(schedule.due(self.method.stats_every, curvature.steps)):
+        if statistics is None and self.captured and known(schedule.due(self.method.stats_every, curvature.steps)):
             raise ValueError("`statistics` are missing at a step at which they are due: capture the layers' inputs and output gradients")
         if statistics is not None and not callable(statistics):
             captured = statistics
@@ -326,7 +339,7 @@ class ModelOptimizer:
             if terms is None:
                 raise ValueError("`terms` must be given at a step at which statistics are due")
             over = self._over(terms) * loss_scale * loss_scale
-            new: dict[str, Any] = {name: part.over(over) for name, part in statistics(state).items()} if statistics else {}
+            new: dict[str, Any] = {name: part.over(over, terms) for name, part in statistics(state).items()} if statistics else {}
             if due is True and self.method.fisher == "empirical":
                 seen.update(new)
             for name, block in self.preconditioner.blocks.items():

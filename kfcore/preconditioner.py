@@ -65,6 +65,7 @@ class Preconditioner:
     def __init__(self, blocks: Mapping[str, Block], *, group: bool = False, spread: bool = False) -> None:
         self.blocks = dict(blocks)
         self._methods = list({id(block.method): block.method for block in self.blocks.values()}.values())
+        self._seeing = any(block.method.requires(block.layer) for block in self.blocks.values())
         self.group = group
         self.spread = spread
 
@@ -102,7 +103,7 @@ class Preconditioner:
 
     def refresh(self, state: PreconditionerState, damping: Values = None) -> PreconditionerState:
         """Refresh the blocks that are due, with the damping of their methods at this step or with the ones given."""
-        if known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
+        if self._seeing and known(state.observed) == 0 and not any(to_numpy(block.dropped).any() for block in state.blocks.values()):
             raise ValueError("`state` has no statistics to refresh from: call `reduce` and `observe` first")
         self._check_damping(damping)
         count, observed, fresh = host(state.steps), host(state.observed), host(state.refreshed) == 0
@@ -219,12 +220,15 @@ def blocks_of(
     """
     check_layers(layers)
     blocks = {}
-    for name, layer in layers.items():
-        for suffix, part in layer.blocks().items():
-            blocks[name + suffix] = Block(name + suffix, part, method, part.stack)
+    shared: dict[Method, Method] = {}  # equal methods are due together, which is told by identity
+    for name, of_layer in method.assign(layers).items():
+        own = shared.setdefault(of_layer, of_layer)
+        for suffix, part in layers[name].blocks().items():
+            blocks[name + suffix] = Block(name + suffix, part, own, part.stack)
     fallback = default_fallback(method) if fallback is None else fallback
     if not isinstance(fallback, Method):
         raise TypeError(f"`fallback` must be a curvature method such as kfcore.Diagonal(), got {fallback!r}")
+    fallback = shared.setdefault(fallback, fallback)
     for name, shape in (others or {}).items():
         if name in blocks:
             raise ValueError(f"`others` repeats the name {name!r} of a layer's block")
@@ -232,9 +236,9 @@ def blocks_of(
     return blocks
 
 
-def default_fallback(method: Method) -> Diagonal:
-    """The diagonal method with the damping and the schedules of ``method``."""
-    return Diagonal(
+def default_fallback(method: Method) -> Method:
+    """What ``method`` says (:meth:`kfcore.Method.others`), or the diagonal method with its damping and schedules."""
+    return method.others() or Diagonal(
         damping=method.damping, stats_every=method.stats_every, refresh_every=method.stats_every, stats_decay=method.stats_decay
     )
 

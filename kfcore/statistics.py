@@ -69,7 +69,7 @@ class DiagonalMoment(NamedTuple):
     """``[..., d]``."""
 
     def __add__(self, other: DiagonalMoment) -> DiagonalMoment:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return DiagonalMoment(self.values + other.values)
+        return self.mapped(lambda values: values + other.values)
 
     def whole(self) -> Array:
         """The diagonal, ``[..., d]``."""
@@ -77,7 +77,7 @@ class DiagonalMoment(NamedTuple):
 
     def mapped(self, function: Callable[[Array], Array]) -> DiagonalMoment:
         """The moment with a linear ``function`` of its diagonal."""
-        return DiagonalMoment(function(self.values))
+        return type(self)(function(self.values))
 
     def trace(self, xp: Namespace) -> Array:
         """Trace of the sum, ``[...]``."""
@@ -86,6 +86,13 @@ class DiagonalMoment(NamedTuple):
     def into(self, xp: Namespace, old: Array, keep: Any, weight: Any, ok: bool | Array) -> Array:
         """``keep old + weight sum`` where ``ok``, else ``old``, as :func:`kfcore.linalg.blend`."""
         return blend(xp, old[..., None], self.values[..., None], keep, weight, ok)[..., 0]
+
+
+class RowSum(DiagonalMoment):
+    """A sum of rows ``[..., d]``, the first moment. Adding two gives that of all rows.
+
+    What it is divided by differs from that of second moments, see :meth:`KroneckerStatistics.over`.
+    """
 
 
 class Use(NamedTuple):
@@ -105,15 +112,24 @@ def input_moment(
     xp: Namespace, layer: Layer, inputs: Array, dtype: object, mask: Array | None = None
 ) -> tuple[Moment | DiagonalMoment, Number]:
     """Second moment of the input rows of ``layer``, in the form of its factor, and their number, those that are masked not counted."""
-    count = layer.input_count(inputs, mask)
-    rows = float(count) if isinstance(count, int) else number(xp, cast(xp, count, dtype))
+    rows = _row_count(xp, layer, inputs, dtype, mask)
     if layer.forms[1] == "diagonal":
         return DiagonalMoment(layer.input_gram(xp, inputs, dtype, mask)), rows
     # masked rows are zero: they are held like the others, and pair with the zero rows of the other side
-    held = count if mask is None else layer.input_count(inputs)
+    held = layer.input_count(inputs)
     if isinstance(held, int) and held <= layer.shape[1]:
         return Moment.of(xp, layer.input_rows(xp, inputs, dtype, mask), inputs), rows
     return Moment(layer.input_gram(xp, inputs, dtype, mask)), rows
+
+
+def input_mean(xp: Namespace, layer: Layer, inputs: Array, dtype: object, mask: Array | None = None) -> tuple[RowSum, Number]:
+    """Sum of the input rows of ``layer``, and their number, those that are masked not counted."""
+    return RowSum(layer.input_sum(xp, inputs, dtype, mask)), _row_count(xp, layer, inputs, dtype, mask)
+
+
+def _row_count(xp: Namespace, layer: Layer, inputs: Array, dtype: object, mask: Array | None) -> Number:
+    count = layer.input_count(inputs, mask)
+    return float(count) if isinstance(count, int) else number(xp, cast(xp, count, dtype))
 
 
 def output_moment(
@@ -128,6 +144,31 @@ def output_moment(
     ValueError
         If the layer makes these rows of the inputs too, and they are not given.
     """
+    rows, examples = _output_rows(xp, layer, output_grads, dtype, inputs, mask)
+    if layer.forms[0] == "diagonal":
+        return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
+    return Moment.of(xp, rows, output_grads), examples
+
+
+def output_squares(
+    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None, mask: Array | None = None
+) -> tuple[DiagonalMoment, Number]:
+    """The diagonal of :func:`output_moment`, whatever the form of the factor."""
+    rows, examples = _output_rows(xp, layer, output_grads, dtype, inputs, mask)
+    return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
+
+
+def output_mean(
+    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None, mask: Array | None = None
+) -> tuple[RowSum, Number]:
+    """Sum of the output rows of ``layer``, and the number of examples, as :func:`output_moment`."""
+    rows, examples = _output_rows(xp, layer, output_grads, dtype, inputs, mask)
+    return RowSum(xp.sum(rows, axis=-2)), examples
+
+
+def _output_rows(
+    xp: Namespace, layer: Layer, output_grads: Array, dtype: object, inputs: Array | None, mask: Array | None
+) -> tuple[Array, Number]:
     if layer.together and inputs is None:
         raise ValueError(
             f"`inputs` must be given with `output_grads` in one call: {type(layer).__name__} makes its output factor of both, got None"
@@ -138,10 +179,7 @@ def output_moment(
     if layer.together and inputs is not None:
         inputs = tiled(xp, inputs, output_grads.shape[axis], axis)
     rows = layer.output_rows(xp, output_grads, dtype, inputs, mask)
-    examples = float(output_grads.shape[-3]) if mask is None else number(xp, cast(xp, live_count(mask, "reduce"), dtype))
-    if layer.forms[0] == "diagonal":
-        return DiagonalMoment(xp.sum(rows * rows, axis=-2)), examples
-    return Moment.of(xp, rows, output_grads), examples
+    return rows, float(output_grads.shape[-3]) if mask is None else number(xp, cast(xp, live_count(mask, "reduce"), dtype))
 
 
 def tiled(xp: Namespace, x: Array, n: int, axis: int) -> Array:
@@ -151,17 +189,17 @@ def tiled(xp: Namespace, x: Array, n: int, axis: int) -> Array:
 
 
 class KroneckerStatistics(NamedTuple):
-    """Sums behind the two factors of a Kronecker block. Adding two gives those of the larger batch.
+    """Sums behind the two sides of a block, of outer products or, as :class:`RowSum`, of rows. Adding two gives those of the larger batch.
 
     ``A = input_sum / input_count`` and ``G = output_sum / output_count``; a side that was not captured is ``None``.
     """
 
     inputs: Moment | DiagonalMoment | None
-    """Sum of ``a a^T`` over the rows."""
+    """Sum of ``a a^T`` over the rows, or of the rows ``a``."""
     input_count: Number
     """Number of rows: N S for expand (without what is padding or masked), N for reduce. It may be ``[...]``, one a stacked layer."""
     outputs: Moment | DiagonalMoment | None
-    """Sum of ``g g^T``."""
+    """Sum of ``g g^T``, of its diagonal, or of the rows ``g``."""
     output_count: Number
     """Number of examples N, or what :meth:`over` put there."""
     scales: Array | None = None
@@ -171,12 +209,12 @@ class KroneckerStatistics(NamedTuple):
 
     @property
     def input_sum(self) -> Array | None:
-        """``[..., in, in]``, or the diagonal ``[..., in]``."""
+        """``[..., in, in]``, or the diagonal (or sum of rows) ``[..., in]``."""
         return None if self.inputs is None else self.inputs.whole()
 
     @property
     def output_sum(self) -> Array | None:
-        """``[..., out, out]``, or the diagonal ``[..., out]``."""
+        """``[..., out, out]``, or the diagonal (or sum of rows) ``[..., out]``."""
         return None if self.outputs is None else self.outputs.whole()
 
     def __add__(self, other: KroneckerStatistics) -> KroneckerStatistics:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -189,20 +227,28 @@ class KroneckerStatistics(NamedTuple):
             self.scale_count + other.scale_count,
         )
 
-    def over(self, count: Number) -> KroneckerStatistics:
+    def over(self, count: Number, terms: Number | None = None) -> KroneckerStatistics:
         """The same sums with ``output_sum`` and ``scales`` averaged over ``count``.
 
         This is how a loss reduction is undone at no cost. If the captured gradients are ``g / M`` (a loss that is a mean over
         M terms) then ``over(1 / M)`` gives the mean over the terms of ``g g^T``; if they are ``g`` (a sum), ``over(M)`` does.
+
+        A sum of rows is of first order in the gradients, and its mean over the terms is ``output_sum / sqrt(count M)``, for either: there
+        ``terms``, M, must be given.
         """
+        if isinstance(self.outputs, RowSum):
+            if terms is None:
+                raise ValueError("`terms` must be given for sums of output gradients, got None")
+            return self._replace(output_count=_root(self.outputs.values, count * terms))
         return self._replace(output_count=count, scale_count=0.0 if self.scales is None else count)
 
     def weighing(self, share: Number) -> KroneckerStatistics:
-        """The same statistics with ``output_sum`` and ``scales`` times ``share``."""
+        """The same statistics with ``output_sum`` and ``scales`` times ``share``; a sum of rows times its root."""
         if self.outputs is None:
             return self
+        of_outputs = _root(self.outputs.values, share) if isinstance(self.outputs, RowSum) else share
         measured = None if self.scales is None else self.scales * share
-        return self._replace(outputs=self.outputs.mapped(lambda whole: whole * share), scales=measured)
+        return self._replace(outputs=self.outputs.mapped(lambda whole: whole * of_outputs), scales=measured)
 
     def across(self, total: Callable[[Any], Any]) -> KroneckerStatistics:
         """Sums over the ranks of a batch that is spread over them: ``total`` sums an array or a number."""
@@ -346,6 +392,14 @@ def _reciprocal(xp: Namespace, count: Number, like: Array) -> tuple[Number, Any]
         return (1.0 / count, True) if count > 0 else (1.0, xp.zeros((), dtype=xp.bool, device=device(like)))
     count = scalar(xp, count, like)
     return 1.0 / xp.where(count > 0, count, xp.ones_like(count)), count > 0
+
+
+def _root(like: Array, value: Number) -> Number:
+    """Square root of a Python number or a 0-d array, which may be an integer."""
+    if isinstance(value, (int, float)):
+        return float(value) ** 0.5
+    xp = namespace(like)
+    return xp.sqrt(scalar(xp, value, like))
 
 
 def _plus(x: Any, y: Any) -> Any:

@@ -11,7 +11,7 @@ from kfcore import schedule
 from kfcore._array import Array, Namespace, Schedule, cast, device, factor_dtype, finite, host, namespace, scalar, truth
 from kfcore.curvature.base import count_failure
 from kfcore.damping import LevenbergMarquardt, check_positive
-from kfcore.linalg import blend, scale_all, total
+from kfcore.linalg import blend, length, scale_all, total
 from kfcore.quadratic import Control, QuadraticModel, control
 
 Values = Mapping[str, Any] | Any
@@ -33,7 +33,8 @@ class StepSize:
     momentum
         In [0, 1), or a function of the step.
     nesterov
-        Use Nesterov's form of momentum.
+        Use Nesterov's form of momentum. ``"delayed"``: from the second step on; the first is ``p' = p - learning_rate d``, not
+        ``(1 + momentum)`` times as long (as in the language model of the code of MAC).
     weight_decay
         Coefficient of the decay; it is never preconditioned.
     decay
@@ -52,7 +53,7 @@ class StepSize:
 
     learning_rate: float | Schedule | None = None
     momentum: float | Schedule = 0.9
-    nesterov: bool = False
+    nesterov: bool | Literal["delayed"] = False
     weight_decay: float | Schedule = 0.0
     decay: Literal["decoupled", "coupled"] = "decoupled"
     clip: float | Schedule | None = None
@@ -74,6 +75,8 @@ class StepSize:
             check_positive("clip", self.clip)
         if self.decay not in ("decoupled", "coupled"):
             raise ValueError(f"`decay` must be 'decoupled' or 'coupled', got {self.decay!r}")
+        if self.nesterov not in (True, False, "delayed"):
+            raise ValueError(f"`nesterov` must be True, False or 'delayed', got {self.nesterov!r}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` needs a positive `momentum`, got 0")
         if self.quadratic is not None:
@@ -141,6 +144,7 @@ def apply(
     xp = namespace(first)
     scale = None if values["clip"] is None else clip_scale(values["clip"], values["learning_rate"], grads, directions)
     mu = plain(values["momentum"])
+    ahead = _ahead(xp, mu, host(count)) if step.nesterov == "delayed" else mu
     rates, decays = (each(values[key], directions) for key in ("learning_rate", "weight_decay"))
     ok = truth(xp, all_finite(xp, directions, [mu, *rates, *decays, scale]))
     guard = _Guard(xp, ok)
@@ -156,7 +160,7 @@ def apply(
         if name not in momentum or step.nesterov:
             d = guard.whole(d)
         if name in momentum:
-            d = d + guard(mu, 0.0, d) * momentum[name] if step.nesterov else momentum[name]
+            d = d + guard(ahead, 0.0, d) * momentum[name] if step.nesterov else momentum[name]
         if step.decay == "decoupled" and nonzero(wd):
             d = d + guard(wd, 0.0, d) * cast(xp, params[name], d.dtype)
         made.append(d)
@@ -247,16 +251,9 @@ def graft(grads: Mapping[str, Array], directions: Mapping[str, Array]) -> dict[s
     grafted = {}
     for name, direction in directions.items():
         xp = namespace(direction)
-        norm, own = _norm(xp, cast(xp, grads[name], direction.dtype)), _norm(xp, direction)
+        norm, own = length(xp, cast(xp, grads[name], direction.dtype), None), length(xp, direction, None)
         grafted[name] = direction * (norm / xp.where(own > 0, own, xp.ones_like(own)))
     return grafted
-
-
-def _norm(xp: Namespace, x: Array) -> Array:
-    """Frobenius norm that neither overflows nor vanishes: scaled by the largest entry."""
-    top = xp.max(xp.abs(x))
-    unit = xp.where(top > 0, top, xp.ones_like(top))
-    return unit * xp.sqrt(xp.sum((x / unit) ** 2))
 
 
 def all_finite(xp: Namespace, directions: Mapping[str, Array], values: Iterable[Any]) -> bool | Array:
@@ -282,6 +279,13 @@ def plain(value: Any) -> Any:
 def _number(xp: Namespace, value: Any, like: Array) -> Any:
     """A Python number as it is (it takes the dtype of what it meets), an array in the dtype of ``like``."""
     return value if isinstance(value, (int, float)) else scalar(xp, value, like)
+
+
+def _ahead(xp: Namespace, mu: Any, count: int | Array) -> Any:
+    """How far a delayed Nesterov step goes along the buffer: at the first step not at all."""
+    if isinstance(count, int):
+        return mu if count else 0.0
+    return xp.where(count == 0, 0.0, mu)
 
 
 def nonzero(value: Any) -> bool:

@@ -65,7 +65,7 @@ def optimizer(
     *,
     learning_rate: Number = 0.1,
     momentum: Number = 0.9,
-    nesterov: bool = False,
+    nesterov: bool | Literal["delayed"] = False,
     weight_decay: Number = 0.0,
     decay: Literal["decoupled", "coupled"] = "decoupled",
     clip: Number | None = None,

@@ -55,7 +55,8 @@ def self_check(
     loss
         Description of the loss, :class:`kfcore.CrossEntropy` if not given.
     method
-        :class:`kfcore.KFAC` if not given. Its Fisher type is taken to be ``"exact"``, and scales to be averages.
+        :class:`kfcore.KFAC` if not given. Its Fisher type is taken to be ``"exact"``, and scales to be averages. For methods with blocks of
+        other kinds (MAC and its relatives) KFAC is taken.
     params
         The trained parameters, all that require gradients if not given.
     forward

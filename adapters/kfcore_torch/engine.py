@@ -17,6 +17,7 @@ import kfcore
 from kfcore import Loss, Method, ModelOptimizer, Needs, Norm, OptimizerState, StepSize
 from kfcore.checkpoint import CheckpointError, from_arrays, header_of, named, read, renamed, to_arrays, write
 from kfcore.optimizer import merge
+from kfcore.preconditioner import default_fallback
 from kfcore.statistics import Use
 from kfcore_torch.capture import Capture
 from kfcore_torch.examples import Examples
@@ -102,8 +103,9 @@ class Engine:
             self._adopt(*old)
         if self.capture is not None:
             self.capture.remove()
+        self._first = self.method.first_of(found.model.layers)
         self.capture = Capture(
-            found.calls(),
+            [call for call in found.calls() if call[0] in core.captured],
             found.attentions(),
             self._sink,
             self._refuse,
@@ -167,11 +169,25 @@ class Engine:
     def _attend(self) -> None:
         """Look at calls where more than their arrays counts."""
         assert self.capture is not None
-        wanted = self._passes is not None or self._masks.active or self._masks.used
+        wanted = self._passes is not None or self._masks.active or self._masks.used or self._first is not None
         self.capture.called = self._called if wanted else None
 
     def _called(self, name: str, padding: Tensor | None) -> Call:
+        if self._first is not None:
+            self._check_first(name)
         return Call(self._masks.called(padding), running() >= 0 if self._passes is None else self._passes.called(name))
+
+    def _check_first(self, called: str) -> None:
+        """Compare the first call of all with what was taken for the first layer by the order of the model."""
+        first, self._first = self._first, None
+        if called != first:
+            kind = self.core.preconditioner.blocks[next(iter(self.layout.model.blocks(first or "").values()))].method.name
+            warnings.warn(
+                f"layer {called!r} is called first, but {first!r} comes first in the model and is treated as the first layer ({kind}): "
+                f"say first_layer={called!r} to {type(self.method).__name__}",
+                stacklevel=2,
+            )
+        self._attend()
 
     def _sink(self, name: str, inputs: Tensor, grads: Tensor | None, outputs: tuple[int, ...], call: Call | None) -> None:
         layer, inputs, grads = as_used(self.layout.model.layers[name], inputs, grads, outputs)
@@ -307,13 +323,13 @@ class Engine:
                 self._told.add(name)
                 warnings.warn(f"layer {name!r} has scales of the gradients of {how}", stacklevel=5)
         unseen = "no call of the module in training mode was seen" if self.method.fisher == "forward" else "its module was not called"
-        for name in self.layout.model.layers:
+        for name in self.core.captured:
             blocks = self.layout.model.blocks(name).values()
             if self.layout.model.roles(name)["weight"] in grads and self._statistics.keys().isdisjoint(blocks):
                 silent[name] = refused.get(name, f"its weight is used, but {unseen}")
         if not silent:
             return
-        if not refused and len(silent) == len(self.layout.model.layers) and self.method.fisher in ("mc", "exact"):
+        if not refused and len(silent) == len(self.core.captured) and self.method.fisher in ("mc", "exact"):
             raise RuntimeError(
                 f"fisher={self.method.fisher!r} has no statistics in this step: call `optimizer.backward_fisher(outputs, targets)` "
                 "after the forward pass and before `loss.backward()`"
@@ -388,7 +404,8 @@ class Engine:
 
     def _excluded_by(self, blocks: Mapping[str, Any]) -> dict[str, str]:
         """Layers excluded here of which a file of another framework, which says nothing of that, has no block either."""
-        covered = {name for name, block in blocks.items() if block["method"] == self.method.name}
+        fallback = default_fallback(self.method) if self._options["fallback"] is None else self._options["fallback"]
+        covered = {name for name, block in blocks.items() if block["method"] != fallback.name or name in self._excluded}
         return {name: why for name, why in self._excluded.items() if covered.isdisjoint((name, f"{name}.weight"))}
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -75,7 +75,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         *,
         lr: float = 0.1,
         momentum: float | Schedule = 0.9,
-        nesterov: bool = False,
+        nesterov: bool | Literal["delayed"] = False,
         weight_decay: float = 0.0,
         decay: Literal["decoupled", "coupled"] = "decoupled",
         clip: float | Schedule | None = None,

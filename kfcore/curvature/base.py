@@ -7,7 +7,7 @@ import enum
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -80,8 +80,6 @@ class Method(abc.ABC):
     name: ClassVar[str] = "method"
     late: ClassVar[bool] = False
     """Whether a refresh that is due comes after the direction, all but the first: for methods that measure in what they refresh."""
-    tikhonov: ClassVar[bool] = True
-    """Whether ``damping`` is a multiple of the identity that is added to the curvature."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", Damping.of(self.damping))
@@ -104,6 +102,11 @@ class Method(abc.ABC):
         return Damping.of(self.damping)
 
     @property
+    def tikhonov(self) -> bool:
+        """Whether ``damping`` is a multiple of the identity that is added to the curvature."""
+        return True
+
+    @property
     def factored(self) -> bool:
         """Whether the damping is split between two factors, so that one other than ``lambda`` may serve better."""
         return False
@@ -111,6 +114,20 @@ class Method(abc.ABC):
     def config(self) -> dict[str, str]:
         """The hyper-parameters as text, for reports and file headers."""
         return {f.name: getattr(v := getattr(self, f.name), "__name__", None) or repr(v) for f in fields(self)}
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    def assign(self, layers: Mapping[str, Any]) -> Mapping[str, Method]:
+        """The method of each of a model's ``layers``, in the order of the forward pass: this one, unless a subclass knows better."""
+        return dict.fromkeys(layers, self)
+
+    def first_of(self, layers: Mapping[str, Any]) -> str | None:
+        """Which of ``layers`` is treated as the first because it comes first among them; none, if nothing depends on that."""
+        return None
+
+    def others(self) -> Method | None:
+        """The method of parameters that no layer covers; ``None`` stands for a :class:`kfcore.Diagonal` of the same damping."""
+        return None
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 

@@ -13,17 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from kfcore import factors, linalg
 from kfcore._array import Array, Namespace, finite, namespace, number, scalar, truth
 from kfcore.curvature.base import Cost, Needs, count_failure, select
-from kfcore.curvature.kronecker import (
-    Eigenbases,
-    Kronecker,
-    carried_array,
-    checked_grad,
-    checked_statistics,
-    eigenbases,
-    like_of,
-    transposed,
-    two_sided,
-)
+from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, transposed, two_sided
+from kfcore.curvature.sides import checked_grad, checked_statistics, like_of
 from kfcore.damping import Damping
 from kfcore.eigenbasis import Eigh, decompose_all, transport
 from kfcore.factors import MATRICES

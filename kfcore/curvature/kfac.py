@@ -14,23 +14,14 @@ from kfcore import damping as damp
 from kfcore import factors
 from kfcore._array import Array, Namespace, device, namespace, truth
 from kfcore.curvature.base import Cost, count_failure, select
-from kfcore.curvature.kronecker import (
-    Eigenbases,
-    Kronecker,
-    carried_array,
-    checked_grad,
-    checked_statistics,
-    eigenbases,
-    like_of,
-    transposed,
-    two_sided,
-)
+from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, transposed, two_sided
+from kfcore.curvature.sides import checked_grad, checked_statistics, like_of
 from kfcore.eigenbasis import Eigh, decompose_all
 from kfcore.factors import MATRICES, Form, Forms
 from kfcore.layers import Layer
 from kfcore.linalg import identity, kron
 from kfcore.operators import BlockOperator
-from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, Use, observe, unseen
+from kfcore.statistics import GradientRows, KroneckerStatistics, RunningAverage, observe, unseen
 
 
 class Inverses(NamedTuple):
@@ -98,30 +89,6 @@ class KFAC(Kronecker):
             solver = Inverses(factors.identity(xp, inp, like, columns, leading), left)
         counter = xp.zeros(leading, dtype=xp.int32, device=device(like))
         return KFACState(unseen(xp, like, shapes, leading), solver, counter, counter)
-
-    def reduce(
-        self,
-        layer: Layer,
-        state: KFACState,
-        inputs: Array | None = None,
-        output_grads: Array | None = None,
-        *,
-        mask: Array | None = None,
-        grad: Array | None = None,
-        terms: float | Array = 1.0,
-    ) -> KroneckerStatistics:
-        """Second moments of the rows; a side that is not given is left out and can be added later by ``+``.
-
-        Only a layer whose output factor is made of both sides (:attr:`kfcore.layers.Layer.together`) wants them in one call. A mask
-        belongs to every call.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Naming the argument, what came and what is allowed; a ``mask`` too that is not boolean, has another shape than the positions,
-            or comes with a layer that knows none (:attr:`kfcore.layers.Layer.unmaskable`).
-        """
-        return self._moments(state.average.weight, Use(layer, inputs, output_grads, mask))
 
     def observe(self, state: KFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> KFACState:
         """Running averages of both factors, each batch weighing 1."""

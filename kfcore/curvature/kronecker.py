@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import abc
-import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kfcore import factors
-from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar
-from kfcore.curvature.base import Method, Needs, check_captured
+from kfcore._array import Array, Namespace, device, namespace, readable, scalar
+from kfcore.curvature.sides import Sided
 from kfcore.eigenbasis import Basis, Decomposed, Eigh, Tracked
 from kfcore.factors import MATRICES
 from kfcore.layers import Layer
-from kfcore.layers.base import check_mask
 from kfcore.linalg import carried, thin_product
-from kfcore.statistics import GradientRows, KroneckerStatistics, Use, input_moment, output_moment, spans, tiled
+from kfcore.statistics import GradientRows, spans
 
 
 class Eigenbases(NamedTuple):
@@ -42,7 +39,7 @@ class Eigenbases(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kronecker(Method):
+class Kronecker(Sided):
     """Base of the methods with one factor for each side of a layer.
 
     Parameters
@@ -58,12 +55,6 @@ class Kronecker(Method):
         if self.basis is not None and not isinstance(self.basis, Eigh | Tracked):
             raise TypeError(f"`basis` must be kfcore.Eigh() or kfcore.Tracked(), got {self.basis!r}")
 
-    def requires(self, layer: Layer) -> Needs:
-        """Inputs, and output gradients unless the Fisher type is forward-only; at once only if the layer says so."""
-        if self.fisher == "forward":
-            return Needs.INPUTS
-        return Needs.INPUTS | Needs.OUTPUT_GRADS | (Needs.TOGETHER if layer.together else Needs.NOTHING)
-
     def refresh(self, layer: Layer, state: Any, damping: float | Array | None = None) -> Any:
         """:meth:`refresh_all` of one block."""
         return self.refresh_all([layer], [state], [damping])[0]
@@ -71,33 +62,6 @@ class Kronecker(Method):
     @abc.abstractmethod
     def refresh_all(self, layers: Sequence[Layer], states: Sequence[Any], dampings: Sequence[float | Array | None]) -> list[Any]:
         """Recompute what :meth:`precondition` applies, for several blocks, whose factors the library may take together."""
-
-    def reduce_all(self, uses: Sequence[Use], state: Any) -> KroneckerStatistics:
-        """The second moments of all uses; a side that is not given is left out and can be added later by ``+``.
-
-        Uses are further positions of the same examples: they make more rows, not more examples.
-        """
-        found = functools.reduce(operator.add, [self._moments(state.average.weight, use) for use in uses])
-        return found._replace(output_count=found.output_count / len(uses)) if len(uses) > 1 else found
-
-    def _moments(self, like: Array, use: Use) -> KroneckerStatistics:
-        """Second moments of the rows of both sides, or of the side that is there."""
-        layer, inputs, output_grads, mask = use
-        a = g = None
-        rows = examples = 0.0
-        if inputs is not None:
-            xp = check_captured("inputs", inputs, like, layer.input_kind)
-            if mask is not None:
-                check_mask(layer, mask, inputs.shape if layer.input_kind == "ids" else inputs.shape[:-1], "inputs", inputs)
-            a, rows = input_moment(xp, layer, inputs, like.dtype, mask)
-        if output_grads is not None and self.fisher != "forward":
-            xp = check_captured("output_grads", output_grads, like)
-            if mask is not None:
-                lead = output_grads.ndim - 3
-                whole = mask if inputs is None else tiled(xp, mask, output_grads.shape[lead], lead)
-                check_mask(layer, whole, output_grads.shape[:-1], "output_grads", output_grads)
-            g, examples = output_moment(xp, layer, output_grads, like.dtype, inputs, mask)
-        return KroneckerStatistics(a, rows, g, examples)
 
     def _shapes(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         """Shapes of the input and the output factor; that of a forward-only Fisher matrix is no array."""
@@ -115,28 +79,6 @@ class Kronecker(Method):
         zero = xp.zeros(leading, dtype=like.dtype, device=device(like))
         ways = xp.zeros((*leading, 3), dtype=xp.int32, device=device(like))
         return Eigenbases(bases[0], ones[0], bases[1], ones[1], zero, ways)  # pyright: ignore[reportArgumentType]
-
-
-def like_of(like: Array) -> tuple[Namespace, Array]:
-    """The namespace of ``like`` and a 0-d array of the dtype that factors beside it have."""
-    xp = namespace(like)
-    return xp, xp.zeros((), dtype=factor_dtype(xp, like.dtype), device=device(like))
-
-
-def checked_statistics(average: tuple[Any, ...], statistics: KroneckerStatistics) -> None:
-    """Raise unless ``statistics`` have all that a running average has."""
-    sums = (statistics.inputs, statistics.outputs)
-    missing = [s for s, v, t in zip(("inputs", "output_grads"), average, sums, strict=True) if v is not None and t is None]
-    if missing:
-        raise ValueError(f"`statistics` lack the {' and the '.join(missing)}: give them to `reduce` too, and add the results")
-
-
-def checked_grad(layer: Layer, grad: Array, dtype: Any) -> tuple[Namespace, Array]:
-    """``grad`` in ``dtype``; raise unless it has the layer's shape."""
-    xp = namespace(grad)
-    if tuple(grad.shape[-2:]) != layer.shape:
-        raise ValueError(f"`grad` must have shape [..., {layer.shape[0]}, {layer.shape[1]}], got {tuple(grad.shape)}")
-    return xp, cast(xp, grad, dtype)
 
 
 def two_sided(xp: Namespace, layer: Layer, left: Array | None, grad: Array, right: Array | None, rows: GradientRows | None) -> Array:

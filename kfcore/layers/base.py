@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from kfcore._array import Array, Namespace, device, namespace
 from kfcore.factors import MATRICES, Forms
@@ -75,6 +75,10 @@ class Layer(Protocol):
         """
         ...
 
+    def input_sum(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
+        """Sum of the rows of :meth:`input_rows`, ``[..., columns]``, likewise without holding them where that can be."""
+        ...
+
 
 class Plain:
     """What most layers say: both factors are matrices, inputs are features, each side is reduced by itself, positions can be masked."""
@@ -98,6 +102,10 @@ class Plain:
     def unmaskable(self) -> str:
         """They can."""
         return ""
+
+    def input_sum(self: Any, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
+        """By the rows."""
+        return xp.sum(self.input_rows(xp, inputs, dtype, mask), axis=-2)
 
 
 class Turned:

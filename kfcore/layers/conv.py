@@ -253,17 +253,13 @@ class Conv(Plain):
 
     def input_rows(self, xp: Namespace, inputs: Array, dtype: object, mask: None = None) -> Array:
         """Patches as rows ``[..., *stack, n, columns]``; n = N S for expand, N (each the mean of its S patches) for reduce."""
-        window, offsets = self._window_of(inputs), math.prod(self.kernel)
-        width = self.in_channels // self.groups
+        offsets, width = math.prod(self.kernel), self.in_channels // self.groups
         if self.sharing == "expand":
-            rows = patch_rows(xp, cast(xp, inputs, dtype), window, self.groups)
+            rows = patch_rows(xp, cast(xp, inputs, dtype), self._window_of(inputs), self.groups)
             rows = xp.reshape(rows, (*rows.shape[:-1], offsets, width)).mT
+            rows = xp.reshape(rows, (*self._stacked(rows.shape[:-3]), rows.shape[-3], width * offsets))
         else:
-            rows = patch_means(xp, inputs, window, dtype)
-            rows = xp.reshape(rows, (*rows.shape[:-1], self.groups, width))
-            k = rows.ndim - 4
-            rows = xp.permute_dims(rows, (*range(k), k + 2, k, k + 3, k + 1))
-        rows = xp.reshape(rows, (*self._stacked(rows.shape[:-3]), rows.shape[-3], width * offsets))
+            rows = self._mean_rows(xp, inputs, dtype)
         return append(xp, rows, 1.0) if self.bias == "joint" else rows
 
     def input_count(self, inputs: Array, mask: None = None) -> int:
@@ -289,6 +285,14 @@ class Conv(Plain):
         corner = xp.full((*stack, 1), float(self.input_count(inputs)), dtype=moment.dtype, device=device(moment))
         return append(xp, xp.concat([moment, first[..., None, :]], axis=-2), xp.concat([first, corner], axis=-1))
 
+    def input_sum(self, xp: Namespace, inputs: Array, dtype: object, mask: None = None) -> Array:
+        """Sum of the patches ``[..., *stack, columns]``: those of the sum of all examples, which is one image."""
+        image = xp.sum(inputs, axis=inputs.ndim - 2 - self.axes, keepdims=True, dtype=dtype)
+        count = self.input_count(inputs)
+        # a mean over positions is what each example adds; with "expand" it stands for as many rows as there are positions
+        total = self._mean_rows(xp, image, dtype) * float(self.input_count(image))
+        return (append(xp, total, float(count)) if self.bias == "joint" else total)[..., 0, :]
+
     def output_rows(self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: None = None) -> Array:
         """Rows ``[..., *stack, n, out / groups]``; n = N S for expand, N for reduce."""
         grads = cast(xp, output_grads, dtype)
@@ -300,6 +304,14 @@ class Conv(Plain):
         return xp.permute_dims(rows, (*range(k), k + 1, k, k + 2))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _mean_rows(self, xp: Namespace, inputs: Array, dtype: object) -> Array:
+        """The mean patch of each example ``[..., *stack, N, columns]``, without the 1 of a joint bias."""
+        rows, width = patch_means(xp, inputs, self._window_of(inputs), dtype), self.in_channels // self.groups
+        rows = xp.reshape(rows, (*rows.shape[:-1], self.groups, width))
+        k = rows.ndim - 4
+        rows = xp.permute_dims(rows, (*range(k), k + 2, k, k + 3, k + 1))
+        return xp.reshape(rows, (*self._stacked(rows.shape[:-3]), rows.shape[-3], width * rows.shape[-1]))
 
     def _window_of(self, inputs: Array) -> Window:
         return self.window(tuple(inputs.shape[-1 - self.axes : -1]))

@@ -165,6 +165,10 @@ class Embedding(Turned):
         ids = self._taken(xp, inputs, mask)
         return cast(xp, linalg.counts(xp, xp.reshape(ids, (*ids.shape[:-2], ids.shape[-2] * ids.shape[-1])), self.num), dtype)
 
+    def input_sum(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
+        """How often each row was taken, ``[..., num]``: one-hot rows are their own squares."""
+        return self.input_gram(xp, inputs, dtype, mask)
+
     def output_rows(
         self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
     ) -> Array:

@@ -143,6 +143,15 @@ class Linear(Turned, Plain):
             rows = xp.sum(inputs, axis=-2) / (xp.sum(xp.astype(mask, dtype), axis=-1) + (1.0 - ones))[..., None]
         return append(xp, rows, ones) if self.bias == "joint" else rows
 
+    def input_sum(self, xp: Namespace, inputs: Array, dtype: object, mask: Array | None = None) -> Array:
+        """Sum of the rows, which are not made where no position is masked."""
+        if mask is not None:
+            return super().input_sum(xp, inputs, dtype, mask)
+        total = xp.sum(inputs, axis=(-3, -2), dtype=dtype)
+        total = total if self.sharing == "expand" else total / inputs.shape[-2]
+        count = float(self.input_count(inputs))
+        return append(xp, total[..., None, :], count)[..., 0, :] if self.bias == "joint" else total
+
     def output_rows(
         self, xp: Namespace, output_grads: Array, dtype: object, inputs: Array | None = None, mask: Array | None = None
     ) -> Array:

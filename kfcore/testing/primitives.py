@@ -149,6 +149,14 @@ class PrimitiveTests:
                 desired = args[0] @ args[1] @ args[2]
                 self._compare(f"{what} of {shapes}", run(*self.backend.put(args, dtype)), desired, dtype)
 
+    def test_deflate(self) -> None:
+        """A vector taken out of the rows of a matrix, which may be a transposed view."""
+        rng = np.random.default_rng(27)
+        for what, run, leading, dtype in self._cases("deflate"):
+            x, u = rng.normal(size=(*leading, 3, 4)), rng.normal(size=(*leading, 4))
+            desired = x @ (np.eye(4) - u[..., :, None] * u[..., None, :])
+            self._compare(what, run(*self.backend.put((x, u), dtype)), desired, dtype)
+
     def test_total(self) -> None:
         """Sum over arrays of several shapes and dtypes, as a float or in the dtype of the first; a NaN among them is seen."""
         rng = np.random.default_rng(9)

@@ -58,6 +58,16 @@ def test_the_spectra_are_sorted_and_of_everything(tmp_path):
     assert all((np.diff(values) <= 0).all() for values in found.values())
 
 
+def test_factors_of_rank_one_have_one_eigenvalue_that_is_not_zero(tmp_path):
+    for method, parts in ((kf.MAC(first="rank-one"), "A"), (kf.Eva(), "AG")):
+        blocks = checkpoint(tmp_path / "run.safetensors", method)
+        found = {(one.block, one.part): one.values for one in spectra(*kf.checkpoint.read(tmp_path / "run.safetensors"))}
+        for name in ("fc", "table"):
+            for part, mean in zip(parts, blocks[name].average.values, strict=False):
+                np.testing.assert_allclose(found.pop((name, part)), [mean @ mean], rtol=1e-13)
+        assert set(found) == ({("scale", "h")} if method.name == "eva" else set()), "a plain gradient has no spectrum"
+
+
 def test_what_is_no_checkpoint_is_one_line_and_code_two(tmp_path):
     (tmp_path / "other").write_bytes(b"no file of ours")
     for path in (tmp_path / "other", tmp_path / "none"):

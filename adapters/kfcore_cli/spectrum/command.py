@@ -16,6 +16,9 @@ from kfcore.checkpoint import read
 from kfcore.diagnostics import spectrum as numbers_of
 from kfcore_cli.errors import UsageError, missing
 
+MEANS = {"mac": ("A",), "smac": ("A",), "eva": ("A", "G")}
+"""Factors of rank one by method, of which the vector is kept."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -78,6 +81,8 @@ def spectra(arrays: dict[str, np.ndarray], header: Any) -> list[Spectrum]:
             x = arrays.get(f"curvature/{block}/{key}")
             if x is None or not x.size:
                 continue
+            if part in MEANS.get(method, ()):
+                x = np.sum(x.astype(np.float64) ** 2, axis=-1)
             of_factor = part != "S" and method != "diagonal" and x.ndim > 1 and x.shape[-1] == x.shape[-2]
             values = np.linalg.eigvalsh(x.astype(np.float64)) if of_factor else x.astype(np.float64)
             label = "h" if method == "diagonal" else part
