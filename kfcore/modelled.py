@@ -164,7 +164,7 @@ class ModelledStep:
             w = minimum(xp, model, *fixed)
             return Trial(
                 tuple(directions[n] for n in prepared.grads),
-                tuple(curvature.blocks.values()),
+                tuple(curvature.blocks[n] for n in methods),
                 curvature.refreshed,
                 model,
                 w,

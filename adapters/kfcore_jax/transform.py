@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 import kfcore
-from kfcore import Embedding, Method, ModelOptimizer, Norm, OptimizerState, Report, StepSize, schedule
+from kfcore import Embedding, Method, ModelOptimizer, Norm, OptimizerState, QuadraticModel, Report, StepSize, schedule
 from kfcore._array import Schedule, factor_dtype
 from kfcore.curvature.base import Needs
 from kfcore.damping import check_positive
@@ -23,6 +23,7 @@ from kfcore.stepsize import guarded
 from kfcore_jax.analysis import is_trained
 from kfcore_jax.layout import Layout, alike, leaves_of, path_of, without_bias
 from kfcore_jax.model import Model
+from kfcore_jax.objective import LossFunction, Objective, Predict
 from kfcore_jax.records import Records
 
 Number = float | jax.Array | Schedule
@@ -63,13 +64,14 @@ def optimizer(
     method: Method,
     model: Model,
     *,
-    learning_rate: Number = 0.1,
+    learning_rate: Number | None = None,
     momentum: Number = 0.9,
     nesterov: bool | Literal["delayed"] = False,
     weight_decay: Number = 0.0,
     decay: Literal["decoupled", "coupled"] = "decoupled",
     clip: Number | None = None,
     graft: bool = False,
+    quadratic: QuadraticModel | None = None,
     damping: Number | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
     fallback: Method | None = None,
@@ -89,6 +91,9 @@ def optimizer(
         What :func:`kfcore_jax.trace` made of the loss.
     learning_rate, momentum, nesterov, weight_decay, decay, clip, graft
         See :class:`kfcore.StepSize`.
+    quadratic
+        Learning rate, momentum or both from the quadratic model of the loss, see :class:`kfcore.QuadraticModel`. Then ``update`` needs the
+        loss in two functions too, ``update(grads, state, params, records=records, predict=predict, loss_fn=loss_fn)``.
     damping
         Replaces that of ``method``.
     loss_reduction
@@ -104,13 +109,14 @@ def optimizer(
         See :class:`kfcore.Preconditioner`; ``group`` is on by default where the default device is not a CPU.
     """
     step = StepSize(
-        learning_rate=_schedule(learning_rate),
+        learning_rate=None if learning_rate is None else _schedule(learning_rate),
         momentum=_schedule(momentum),
         nesterov=nesterov,
         weight_decay=_schedule(weight_decay),
         decay=decay,
         clip=None if clip is None else _schedule(clip),
         graft=graft,
+        quadratic=quadratic,
     )
     options = {"loss_reduction": loss_reduction, "fallback": fallback, "group": group, "spread": spread}
     return Transformation.of(_Core(method, model, step, damping, axis_name, options))
@@ -188,7 +194,16 @@ class _Core:
         return jax.tree.map(jnp.array, empty)
 
     def update(
-        self, updates: Any, state: OptimizerState, params: Any = None, *, records: Records | None = None, terms: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: OptimizerState,
+        params: Any = None,
+        *,
+        records: Records | None = None,
+        terms: Any = None,
+        predict: Predict | None = None,
+        loss_fn: LossFunction | None = None,
+        **extra: Any,
     ) -> tuple[Any, OptimizerState]:
         """Updates to be added to the parameters, and the new state; ``updates`` are the gradients.
 
@@ -198,6 +213,10 @@ class _Core:
             Of the same evaluation as the gradients.
         terms
             Number of terms in the loss, where the count in the records is not right.
+        predict, loss_fn
+            With ``quadratic``, the loss ``loss_fn(predict(params))`` on this batch, in two halves: ``predict`` gives the outputs of the
+            network, an array or a tree of arrays, and ``loss_fn`` makes of them the scalar loss. They are run several times, so random
+            numbers must come from a key that is the same. The curvature is positive where ``loss_fn`` is convex.
         """
         del extra  # of other transformations in a chain
         layout, optimizer = self.bind(updates)
@@ -216,6 +235,7 @@ class _Core:
             raise ValueError(f"`records` lack the layer{'s' * (len(missing) > 1)} {', '.join(missing)}: they are of another model")
         if params is None and not (isinstance(self.step.weight_decay, (int, float)) and self.step.weight_decay == 0):
             raise ValueError("`params` must be given to `update`: weight decay needs them")
+        objective = self._objective(layout, params, predict, loss_fn)
         local = records.terms if terms is None else terms
         everyone = local if self.axis_name is None else jax.lax.psum(local, self.axis_name)
 
@@ -227,9 +247,30 @@ class _Core:
 
         flat = layout.flat(updates)
         shown = {} if params is None else layout.flat(params)
-        given = {"terms": everyone, "rows": self._rows(layout, optimizer, state, records, updates)}
+        given: dict[str, Any] = {"terms": everyone, "rows": self._rows(layout, optimizer, state, records, updates)}
+        if objective is not None:
+            given["objective"] = objective
         found, new = self._step(optimizer, shown, flat, state, statistics, given)
         return _unflatten(layout, found, updates), new
+
+    def _objective(self, layout: Layout, params: Any, predict: Predict | None, loss_fn: LossFunction | None) -> Objective | None:
+        """What the quadratic model asks for, if there is one."""
+        if self.step.quadratic is None:
+            return None
+        missing = [name for name, x in (("params", params), ("predict", predict), ("loss_fn", loss_fn)) if x is None]
+        if missing or predict is None or loss_fn is None:
+            raise ValueError(f"`{missing[0]}` must be given to `update` with `quadratic`, which models loss_fn(predict(params))")
+        if layout.places.keys() != self.model.layout.places.keys():
+            raise ValueError("`params` must be all of the model's with `quadratic`, for `predict` takes them all: leave optax.masked out")
+
+        def across(x: jax.Array) -> jax.Array:
+            """As the gradients of parts of a batch."""
+            if self.axis_name is None:
+                return x
+            summed = self._options["loss_reduction"] == "sum"
+            return jax.lax.psum(x, self.axis_name) if summed else jax.lax.pmean(x, self.axis_name)
+
+        return Objective(predict, loss_fn, layout, params, across)
 
     def _rows(
         self, layout: Layout, optimizer: ModelOptimizer, state: OptimizerState, records: Records, grads: Any
