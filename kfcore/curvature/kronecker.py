@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kfcore import factors
+from kfcore import factors, ladder
 from kfcore._array import Array, Namespace, cast, device, factor_dtype, namespace, readable, scalar
 from kfcore.curvature.base import Method, Needs, check_captured
 from kfcore.eigenbasis import Basis, Decomposed, Eigh, Tracked
@@ -115,6 +115,11 @@ class Kronecker(Method):
         zero = xp.zeros(leading, dtype=like.dtype, device=device(like))
         ways = xp.zeros((*leading, 3), dtype=xp.int32, device=device(like))
         return Eigenbases(bases[0], ones[0], bases[1], ones[1], zero, ways)  # pyright: ignore[reportArgumentType]
+
+
+def no_rungs(xp: Namespace, like: Array, leading: tuple[int, ...]) -> Array:
+    """Counters of rungs at zero, beside ``like``."""
+    return xp.zeros((*leading, ladder.RUNGS), dtype=xp.int32, device=device(like))
 
 
 def like_of(like: Array) -> tuple[Namespace, Array]:
