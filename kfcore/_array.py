@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
 import numpy
@@ -26,6 +26,8 @@ Namespace: TypeAlias = Any
 
 Schedule: TypeAlias = Callable[[Any], Any]
 """A function of the step number (an int, or a 0-d integer array under a trace)."""
+
+T = TypeVar("T")
 
 
 _namespaces: dict[tuple[type, ...], Namespace] = {}
@@ -76,6 +78,12 @@ def device(x: Array) -> Any:
 def factor_dtype(xp: Namespace, dtype: Any) -> Any:
     """Dtype of the curvature factors of a model in ``dtype``: ``float64`` stays, everything narrower is ``float32``."""
     return xp.float64 if dtype == xp.float64 else xp.float32
+
+
+def wider(xp: Namespace, dtype: Any) -> Any:
+    """``float64`` for a narrower ``dtype``, or ``None`` where that is not to be had (JAX without ``jax_enable_x64``)."""
+    widest = xp.result_type(dtype, xp.float64)
+    return None if widest == dtype else widest
 
 
 def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
@@ -245,6 +253,19 @@ def choose(xp: Namespace, flag: bool | Array, value: float | Array, other: float
     return xp.where(flag, scalar(xp, value, like), scalar(xp, other, like))
 
 
+def select(xp: Namespace, ok: bool | Array, new: T, old: T) -> T:
+    """``new`` where ``ok [...]``, else ``old``, for equal nests of tuples, arrays and ``None``."""
+    if isinstance(ok, bool):
+        return new if ok else old
+    if new is None:
+        return old
+    if isinstance(new, tuple):
+        parts = [select(xp, ok, n, o) for n, o in zip(new, old, strict=True)]  # pyright: ignore[reportArgumentType]
+        return type(new)(*parts) if hasattr(new, "_fields") else type(new)(parts)  # pyright: ignore
+    extra = new.ndim - ok.ndim  # pyright: ignore[reportAttributeAccessIssue]
+    return xp.where(ok[(...,) + (None,) * extra], new, old)
+
+
 def _numpy_number(xp: Namespace, value: Array) -> float | Array:
     return float(value) if value.ndim == 0 else value
 
@@ -274,3 +295,12 @@ def cond(predicate: bool | Array, then: Callable[..., Any], otherwise: Callable[
         if chosen is not None:
             return chosen(predicate, then, otherwise, *operands)
     return then(*operands) if bool(predicate) else otherwise(*operands)
+
+
+@primitive
+def branches(xp: Namespace, x: Array) -> bool:
+    """Whether :func:`cond` can go one of two ways by what is in ``x`` without waiting for a device or ending a trace.
+
+    Where not, both ways are gone and one is selected, or there is only one.
+    """
+    return library(xp) in _control_flow or (library(xp) != "cupy" and device(x) is not None)

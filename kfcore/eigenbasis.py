@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from kfcore import factors, linalg
+from kfcore import factors, ladder, linalg
 from kfcore._array import Array, Namespace, cond, device, truth
 from kfcore.damping import check_positive
 from kfcore.factors import Form, Forms
@@ -92,6 +92,8 @@ class Decomposed(NamedTuple):
     """``[...]`` of booleans."""
     way: Array
     """``[..., 3]``, int32: 1 at how it came about: left as it was, improved, decomposed."""
+    rung: Array | None
+    """Of the :mod:`kfcore.ladder`, ``[...]``, int32; ``None`` for the first."""
 
 
 def decompose_all(
@@ -118,7 +120,7 @@ def decompose_all(
                 results_of_block.append(len(wanted))
                 wanted.append((form, x))
         results.append(results_of_block)
-    anew = [Decomposed(values, basis, ok, _way(xp, ok, 2)) for values, basis, ok in factors.eigh_all(xp, wanted)]
+    anew = [Decomposed(values, basis, ok, _way(xp, ok, 2), rung) for values, basis, ok, rung in factors.eigh_all(xp, wanted)]
     return [tuple(anew[x] if isinstance(x, int) else x for x in block) for block in results]  # pyright: ignore[reportReturnType]
 
 
@@ -142,17 +144,17 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array, *, 
     basis = cond(skewed, lambda basis: orthonormal(xp, basis), lambda basis: basis, basis)
     some = xp.zeros(x.shape[:-2], dtype=xp.int32, device=device(x))
 
-    def decomposed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array]:
-        values, basis, ok = linalg.eigh(xp, x)
-        return values, basis, ok, some + 2
+    def decomposed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array, Array]:
+        ((values, basis, ok, rung),) = ladder.eigh_all(xp, [x])
+        return values, basis, ok, some + 2, some if rung is None else rung
 
-    def followed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array]:
+    def followed(basis: Array, values: Array, drift: Array) -> tuple[Array, Array, Array, Array, Array]:
         way = some
         for _ in range(how.sweeps):
             moved = _any(xp, _relative(xp, x, drift) > how.tolerance)
             basis, values, drift, way = cond(moved, improved, left, basis, values, drift, way)
         values = xp.sum(basis * (x @ basis), axis=-2) if exact else values
-        return xp.maximum(values, xp.zeros_like(values)), basis, xp.isfinite(xp.sum(values, axis=-1)), way
+        return xp.maximum(values, xp.zeros_like(values)), basis, xp.isfinite(xp.sum(values, axis=-1)), way, some
 
     def improved(basis: Array, values: Array, drift: Array, way: Array) -> tuple[Array, Array, Array, Array]:
         basis = refined(xp, x, basis, values, drift, how.width(x.shape[-1])) if how.step == "refine" else iterated(xp, x, basis, values)
@@ -162,8 +164,8 @@ def follow(xp: Namespace, how: Tracked, x: Array, basis: Array, turn: Array, *, 
     def left(*unchanged: Array) -> tuple[Array, ...]:
         return unchanged
 
-    values, basis, ok, way = cond(far, decomposed, followed, basis, values, drift)
-    return Decomposed(values * unit[..., None], basis, ok, _way(xp, ok, way))
+    values, basis, ok, way, rung = cond(far, decomposed, followed, basis, values, drift)
+    return Decomposed(values * unit[..., None], basis, ok, _way(xp, ok, way), rung)
 
 
 def probes(xp: Namespace, like: Array, turn: Array) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kfcore import linalg
+from kfcore import ladder, linalg
 from kfcore._array import Array, Namespace, device, number
 from kfcore.linalg import FLOOR
 
@@ -89,18 +89,21 @@ def raised(xp: Namespace, form: Form, x: Array, damping: float | Array) -> float
     return linalg.carried(xp, damping, 0.0 if form == "diagonal" else number(xp, linalg.trace(xp, x)), x.dtype)
 
 
-def invert_all(xp: Namespace, factors: Sequence[tuple[Form, Array]]) -> list[tuple[Array, Array]]:
-    """Inverse of each factor, in its form, and whether that succeeded, ``[...]``; matrices in one call."""
-    inverses = iter(linalg.invert_all(xp, [x for form, x in factors if form == "matrix"]))
+def invert_all(xp: Namespace, factors: Sequence[tuple[Form, Array]]) -> list[tuple[Array, Array, Array | None]]:
+    """Inverse of each factor, in its form, whether that succeeded, ``[...]``, and on which rung of the :mod:`kfcore.ladder`.
+
+    Matrices in one call. A diagonal has the first rung alone.
+    """
+    inverses = iter(ladder.invert_all(xp, [x for form, x in factors if form == "matrix"]))
     return [_reciprocals(xp, x) if form == "diagonal" else next(inverses) for form, x in factors]
 
 
-def eigh_all(xp: Namespace, factors: Sequence[tuple[Form, Array]]) -> list[tuple[Array, Array | None, Array]]:
-    """Eigenvalues ``[..., n]`` of each factor, eigenvectors and success; matrices in one call.
+def eigh_all(xp: Namespace, factors: Sequence[tuple[Form, Array]]) -> list[tuple[Array, Array | None, Array, Array | None]]:
+    """Eigenvalues ``[..., n]`` of each factor, eigenvectors, success and rung; matrices in one call.
 
     A diagonal has the identity for eigenvectors, which is ``None``; its values come in the order of its entries.
     """
-    found = iter(linalg.eigh_all(xp, [x for form, x in factors if form == "matrix"]))
+    found = iter(ladder.eigh_all(xp, [x for form, x in factors if form == "matrix"]))
     return [_entries(xp, x) if form == "diagonal" else next(found) for form, x in factors]
 
 
@@ -120,10 +123,10 @@ def _spread(form: Form, number: Array) -> Array:
     return number[..., None] if form == "diagonal" else number[..., None, None]
 
 
-def _reciprocals(xp: Namespace, x: Array) -> tuple[Array, Array]:
+def _reciprocals(xp: Namespace, x: Array) -> tuple[Array, Array, None]:
     inverse = 1.0 / x
-    return inverse, xp.all(xp.isfinite(inverse) & (inverse > 0), axis=-1)
+    return inverse, xp.all(xp.isfinite(inverse) & (inverse > 0), axis=-1), None
 
 
-def _entries(xp: Namespace, x: Array) -> tuple[Array, None, Array]:
-    return xp.maximum(x, xp.zeros_like(x)), None, xp.isfinite(xp.sum(x, axis=-1))
+def _entries(xp: Namespace, x: Array) -> tuple[Array, None, Array, None]:
+    return xp.maximum(x, xp.zeros_like(x)), None, xp.isfinite(xp.sum(x, axis=-1)), None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy
@@ -121,6 +122,31 @@ def thin_product(xp: Namespace, left: Array, right: Array) -> Array:
     return left.mT @ right
 
 
+def attempted(xp: Namespace, function: Callable[[Array], tuple[Array, ...]], x: Array, ranks: tuple[int, ...]) -> tuple[Array, ...]:
+    """``function`` of ``x [..., n, n]``, NaN for a matrix for which the library raises its ``LinAlgError`` instead of saying so in values.
+
+    That ends the call for a whole stack, whose matrices are then taken one by one. ``ranks`` are those of the results of one matrix:
+    2 for a matrix, 1 for a vector.
+    """
+    try:
+        return function(x)
+    except Exception as error:
+        # every library has a class of its own for it, with another base
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
+    if x.ndim == 2:
+        lost = xp.full_like(x, math.nan)
+        return tuple(lost if rank == 2 else lost[..., 0] for rank in ranks)
+    each = [attempted(xp, function, x[i, ...], ranks) for i in range(x.shape[0])]
+    return tuple(xp.stack(parts) for parts in zip(*each, strict=True))
+
+
+@primitive
+def definite(xp: Namespace, x: Array) -> Array:
+    """Whether :func:`invert` of symmetric ``x [..., n, n]`` succeeds, ``[...]`` of booleans."""
+    return invert(xp, x)[1]
+
+
 @primitive
 def deflate(xp: Namespace, x: Array, vector: Array) -> Array:
     """``x (I - u u^T)`` of ``x [..., m, n]`` and the ``vector`` ``u [..., n]``, whose outer product is not made."""
@@ -137,8 +163,12 @@ def length(xp: Namespace, x: Array, axis: Literal[-1] | None = -1) -> Array:
 
 @primitive
 def invert(xp: Namespace, x: Array) -> tuple[Array, Array]:
-    """Inverse of symmetric positive definite ``x [..., n, n]`` and whether it succeeded, ``[...]`` of booleans."""
-    inverse = symmetrise(xp.linalg.inv(symmetrise(x)))
+    """Inverse of symmetric positive definite ``x [..., n, n]`` and whether it succeeded, ``[...]`` of booleans.
+
+    What is in ``x`` never raises.
+    """
+    (inverse,) = attempted(xp, lambda x: (xp.linalg.inv(x),), symmetrise(x), (2,))
+    inverse = symmetrise(inverse)
     total = xp.linalg.trace(inverse)
     return inverse, xp.isfinite(total) & (total > 0)
 
@@ -147,9 +177,9 @@ def invert(xp: Namespace, x: Array) -> tuple[Array, Array]:
 def eigh(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
     """Eigenvalues ``[..., n]`` clipped at zero, eigenvectors ``[..., n, n]`` and success ``[...]`` of semi-definite ``x``.
 
-    Ascending, ``x = (vectors * values[..., None, :]) @ vectors.mT``, as ``numpy.linalg.eigh``.
+    Ascending, ``x = (vectors * values[..., None, :]) @ vectors.mT``, as ``numpy.linalg.eigh``. What is in ``x`` never raises.
     """
-    values, vectors = xp.linalg.eigh(symmetrise(x))
+    values, vectors = attempted(xp, xp.linalg.eigh, symmetrise(x), (1, 2))
     return xp.maximum(values, xp.zeros_like(values)), vectors, xp.isfinite(xp.sum(values, axis=-1))
 
 

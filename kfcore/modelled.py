@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kfcore._array import Array, Namespace, cast, cond, host, namespace, scalar, truth
-from kfcore.curvature.base import count_failure, select
+from kfcore._array import Array, Namespace, cast, cond, host, namespace, scalar, select, truth
+from kfcore.curvature.base import count_failure
 from kfcore.damping import LevenbergMarquardt
 from kfcore.model import Model as Layers
 from kfcore.preconditioner import Preconditioner, PreconditionerState, Values

@@ -11,6 +11,7 @@ from kfcore import schedule, stepsize
 from kfcore._array import Array, cast, cond, known, namespace, to_numpy
 from kfcore.curvature.base import Method, Needs
 from kfcore.damping import LevenbergMarquardt
+from kfcore.ladder import JITTERED, WIDENED
 from kfcore.model import Model
 from kfcore.modelled import AroundParameters, ModelledStep, Prepared
 from kfcore.preconditioner import Preconditioner, PreconditionerState, blocks_of
@@ -291,13 +292,15 @@ class ModelOptimizer:
         return {name: part.weighing(weight).over(over, everyone) for name, part in summed.items()}, everyone
 
     def diagnostics(self, state: OptimizerState) -> dict[str, Any]:
-        """Counters as host numbers: steps taken and skipped, and by block the statistics dropped and the refreshes that failed.
+        """Counters as host numbers: steps taken and skipped, and by block the statistics dropped, the refreshes that failed,
+        and the factors that needed jitter, or float64, to be solved (see :mod:`kfcore.ladder`).
 
         Blocks where nothing went wrong are not listed.
         """
 
-        def nonzero(field: str) -> dict[str, int]:
-            counts = {name: int(to_numpy(getattr(block, field)).sum()) for name, block in state.curvature.blocks.items()}
+        def nonzero(field: str, at: Any = ...) -> dict[str, int]:
+            counters = {name: getattr(block, field, None) for name, block in state.curvature.blocks.items()}
+            counts = {name: int(to_numpy(counter)[at].sum()) for name, counter in counters.items() if counter is not None}
             return {name: count for name, count in counts.items() if count}
 
         return {
@@ -305,6 +308,8 @@ class ModelOptimizer:
             "skipped_steps": int(to_numpy(state.step.skipped)),
             "dropped_statistics": nonzero("dropped"),
             "kept_refreshes": nonzero("kept"),
+            "jittered_factors": nonzero("rungs", (..., JITTERED - 1)),
+            "widened_factors": nonzero("rungs", (..., WIDENED - 1)),
         } | ({} if state.step.control is None else {name: to_numpy(x).item() for name, x in state.step.control._asdict().items()})
 
     def report(self, reasons: Mapping[str, str] | None = None, itemsize: int = 4) -> Report:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfcore import register_kernel
+from kfcore import linalg, register_kernel
 from kfcore.patches import Window
 
 ODD = 256
@@ -18,6 +18,11 @@ ODD = 256
 def truth(xp: Any, flag: bool | Tensor) -> bool | Tensor:
     """A bool on the CPU, outside of compiled and batched programs. Elsewhere the host would wait for the device."""
     return bool(flag) if isinstance(flag, bool) or _readable(flag) else flag
+
+
+def branches(xp: Any, x: Tensor) -> bool:
+    """Under the same conditions."""
+    return _on_host(x)
 
 
 def number(xp: Any, value: Tensor) -> float | Tensor:
@@ -113,13 +118,32 @@ def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     The result is exactly symmetric; its transpose has its rows contiguous, as an inverse read from a checkpoint has.
     """
     factor, info = torch.linalg.cholesky_ex(x, upper=True)
-    return torch.cholesky_inverse(factor, upper=True).mT, info == 0
+    fine = info == 0
+    if _eager():
+        # where the factorisation stopped at a zero, the CPU raises after all
+        (inverse,) = linalg.attempted(xp, lambda factor: (torch.cholesky_inverse(factor, upper=True),), factor, (2,))
+    else:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        inverse = torch.cholesky_inverse(torch.where(fine[..., None, None], factor, eye), upper=True)
+    return inverse.mT, fine
+
+
+def definite(xp: Any, x: Tensor) -> Tensor:
+    """Without the inverse."""
+    return torch.linalg.cholesky_ex(x).info == 0
 
 
 def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """With contiguous rows in the vectors: products then round as they do with vectors read from a checkpoint."""
-    values, vectors = torch.linalg.eigh(0.5 * (x + x.mT))
-    return values.clamp(min=0.0), vectors.contiguous(), torch.isfinite(values.sum(dim=-1))
+    x = 0.5 * (x + x.mT)
+    if _eager():
+        values, vectors = linalg.attempted(xp, torch.linalg.eigh, x, (1, 2))
+        fine = True
+    else:
+        # nobody could catch what is raised in there
+        fine = torch.isfinite(x).all(dim=-1).all(dim=-1)
+        values, vectors = torch.linalg.eigh(torch.where(fine[..., None, None], x, torch.zeros_like(x)))
+    return values.clamp(min=0.0), vectors.contiguous(), torch.isfinite(values.sum(dim=-1)) & fine
 
 
 def counts(xp: Any, ids: Tensor, num: int) -> Tensor:
@@ -156,6 +180,7 @@ def register() -> None:
     """Make the core use these for torch tensors."""
     kernels = (
         truth,
+        branches,
         number,
         append,
         energy,
@@ -168,6 +193,7 @@ def register() -> None:
         sandwich,
         deflate,
         invert,
+        definite,
         eigh,
         counts,
         gather_sum,
@@ -179,7 +205,14 @@ def register() -> None:
 
 
 def _readable(flag: Tensor) -> bool:
-    """Whether the host can branch on a 0-d tensor at once: on the CPU, and neither compiled nor batched."""
-    return (
-        flag.ndim == 0 and flag.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    """Whether the host can branch on a 0-d tensor at once."""
+    return flag.ndim == 0 and _on_host(flag)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether the host can read a tensor at once: on the CPU, and neither compiled nor batched."""
+    return x.is_cpu and _eager()
+
+
+def _eager() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from kfcore._array import Array, Namespace, Schedule, choose, is_real_floating, namespace, number
 from kfcore.damping import Damping, LevenbergMarquardt, check_positive
@@ -19,7 +19,6 @@ from kfcore.statistics import GradientRows, Use
 
 Fisher = Literal["empirical", "mc", "exact", "forward"]
 FISHERS: tuple[Fisher, ...] = ("empirical", "mc", "exact", "forward")
-T = TypeVar("T")
 
 
 class Needs(enum.Flag):
@@ -235,19 +234,6 @@ def check_captured(name: str, x: Array, like: Array, kind: Literal["features", "
     if not is_real_floating(xp, x):
         raise TypeError(f"`{name}` must be real floating point, got {x.dtype}")
     return xp
-
-
-def select(xp: Namespace, ok: bool | Array, new: T, old: T) -> T:
-    """``new`` where ``ok [...]``, else ``old``, for equal nests of tuples, arrays and ``None``."""
-    if isinstance(ok, bool):
-        return new if ok else old
-    if new is None:
-        return old
-    if isinstance(new, tuple):
-        parts = [select(xp, ok, n, o) for n, o in zip(new, old, strict=True)]  # pyright: ignore[reportArgumentType]
-        return type(new)(*parts) if hasattr(new, "_fields") else type(new)(parts)  # pyright: ignore
-    extra = new.ndim - ok.ndim  # pyright: ignore[reportAttributeAccessIssue]
-    return xp.where(ok[(...,) + (None,) * extra], new, old)
 
 
 def count_failure(xp: Namespace, counter: Array, ok: bool | Array) -> Array:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from kfcore import factors, linalg
-from kfcore._array import Array, Namespace, finite, namespace, number, scalar, truth
-from kfcore.curvature.base import Cost, Needs, count_failure, select
-from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, transposed, two_sided
+from kfcore._array import Array, Namespace, finite, namespace, number, scalar, select, truth
+from kfcore.curvature.base import Cost, Needs, count_failure
+from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, no_rungs, transposed, two_sided
 from kfcore.curvature.sides import checked_grad, checked_statistics, like_of
 from kfcore.damping import Damping
 from kfcore.eigenbasis import Eigh, decompose_all, transport
 from kfcore.factors import MATRICES
+from kfcore.ladder import climbed
 from kfcore.layers import Layer
 from kfcore.operators import BlockOperator
 from kfcore.scales import scales
@@ -40,6 +41,8 @@ class EKFACState(NamedTuple):
     """How many batches' statistics were not finite and therefore not observed, int32."""
     kept: Array
     """How many refreshes failed, or had no statistics yet, and kept the old basis, int32."""
+    rungs: Array
+    """How many factors were solved by jitter, and how many in float64, ``[..., 2]``, int32; see :mod:`kfcore.ladder`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,8 @@ class EKFAC(Kronecker):
         found = unseen(xp, like, (layer.shape,), leading)
         solver = self._unturned(layer, like, leading)
         ones = found._replace(values=(xp.ones_like(found.values[0]),))
-        return EKFACState(unseen(xp, like, self._shapes(layer), leading), ones, solver, solver.ways[..., 0], solver.ways[..., 0])
+        average, counter = unseen(xp, like, self._shapes(layer), leading), solver.ways[..., 0]
+        return EKFACState(average, ones, solver, counter, counter, no_rungs(xp, like, leading))
 
     def reduce(
         self,
@@ -182,7 +186,8 @@ class EKFAC(Kronecker):
             strength = self._strength(xp, self._damping(damping), measured.values[0])
             new = (measured, solver._replace(damping=strength))
             measured, solver = select(xp, ok, new, (state.scales, state.solver))
-            fresh.append(state._replace(scales=measured, solver=solver, kept=count_failure(xp, state.kept, ok)))
+            rungs = climbed(xp, state.rungs, ok, [side.rung for side in found if side is not None])
+            fresh.append(state._replace(scales=measured, solver=solver, kept=count_failure(xp, state.kept, ok), rungs=rungs))
         return fresh
 
     def precondition(self, layer: Layer, state: EKFACState, grad: Array, rows: GradientRows | None = None) -> Array:
@@ -206,7 +211,7 @@ class EKFAC(Kronecker):
         numbers = 3 + out * inp + sum(2 * n * n + n for n in matrices) + sum(2 * n for n in vectors)
         reduce = sum(4.0 * n * n for n in matrices) + sum(1.0 if layer.input_kind == "ids" else 2.0 * n for n in vectors) + 2.0 * out * inp
         moved = 2.0 * out * inp * sum(matrices) + sum(2.0 * n**3 for n in matrices) if self.moved == "transport" else 0.0
-        return Cost(itemsize * numbers + 20, reduce, sum(9.0 * n**3 for n in matrices) + moved, 4.0 * out * inp * sum(matrices) + out * inp)
+        return Cost(itemsize * numbers + 28, reduce, sum(9.0 * n**3 for n in matrices) + moved, 4.0 * out * inp * sum(matrices) + out * inp)
 
     def _turned(self, xp: Namespace, layer: Layer, state: EKFACState, grad: Array, rows: GradientRows | None) -> Array:
         """``U_G^T grad U_A``."""

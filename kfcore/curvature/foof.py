@@ -13,6 +13,7 @@ from kfcore._array import Array, Namespace, Schedule, scalar
 from kfcore.curvature.base import Fisher, Method
 from kfcore.curvature.gradient import Gradient, with_plain_norms
 from kfcore.curvature.kfac import KFAC, Inverses
+from kfcore.curvature.kronecker import Eigenbases
 from kfcore.damping import Damping
 from kfcore.factors import raised, times
 
@@ -58,21 +59,23 @@ class FOOF(KFAC):
         """Their gradients."""
         return Gradient.beside(self, decoupled=self.decoupled)
 
-    def _inverted(self, xp: Namespace, sides: list[Any], values: list[Any]) -> list[tuple[Inverses, Array]]:
+    def _inverted(self, xp: Namespace, sides: list[Any], values: list[Any]) -> list[tuple[Inverses, Array, list[Array | None]]]:
         found = super()._inverted(xp, sides, values)
         if not self.decoupled:
             return found
         return [
-            (solver._replace(input=times(forms[1], solver.input, scalar(xp, raised(xp, forms[1], a, value), a))), ok)
-            for (solver, ok), (forms, a, _), value in zip(found, sides, values, strict=True)
+            (solver._replace(input=times(forms[1], solver.input, scalar(xp, raised(xp, forms[1], a, value), a))), ok, taken)
+            for (solver, ok, taken), (forms, a, _), value in zip(found, sides, values, strict=True)
         ]
 
-    def _decomposed(self, xp: Namespace, sides: list[Any], values: list[Any], states: Sequence[Any]) -> list[tuple[Any, Array]]:
+    def _decomposed(
+        self, xp: Namespace, sides: list[Any], values: list[Any], states: Sequence[Any]
+    ) -> list[tuple[Eigenbases, Array, list[Array | None]]]:
         found = super()._decomposed(xp, sides, values, states)
         if not self.decoupled:
             return found
         # rho / (l + rho) is 1 / (l / rho + 1)
         return [
-            (solver._replace(input_values=solver.input_values / solver.damping[..., None], damping=xp.ones_like(solver.damping)), ok)
-            for solver, ok in found
+            (solver._replace(input_values=solver.input_values / solver.damping[..., None], damping=xp.ones_like(solver.damping)), ok, taken)
+            for solver, ok, taken in found
         ]

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from kfcore import damping as damp
 from kfcore import factors
-from kfcore._array import Array, Namespace, device, namespace, truth
-from kfcore.curvature.base import Cost, count_failure, select
-from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, transposed, two_sided
+from kfcore._array import Array, Namespace, device, namespace, select, truth
+from kfcore.curvature.base import Cost, count_failure
+from kfcore.curvature.kronecker import Eigenbases, Kronecker, carried_array, eigenbases, no_rungs, transposed, two_sided
 from kfcore.curvature.sides import checked_grad, checked_statistics, like_of
 from kfcore.eigenbasis import Eigh, decompose_all
 from kfcore.factors import MATRICES, Form, Forms
+from kfcore.ladder import climbed
 from kfcore.layers import Layer
 from kfcore.linalg import identity, kron
 from kfcore.operators import BlockOperator
@@ -45,6 +46,8 @@ class KFACState(NamedTuple):
     """How many batches' statistics were not finite and therefore not observed, int32."""
     kept: Array
     """How many refreshes failed, or had no statistics yet, and kept the old solver, int32."""
+    rungs: Array
+    """How many factors were solved by jitter, and how many in float64, ``[..., 2]``, int32; see :mod:`kfcore.ladder`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class KFAC(Kronecker):
             left = None if shapes[1] is None else factors.identity(xp, output, like, rows, leading)
             solver = Inverses(factors.identity(xp, inp, like, columns, leading), left)
         counter = xp.zeros(leading, dtype=xp.int32, device=device(like))
-        return KFACState(unseen(xp, like, shapes, leading), solver, counter, counter)
+        return KFACState(unseen(xp, like, shapes, leading), solver, counter, counter, no_rungs(xp, like, leading))
 
     def observe(self, state: KFACState, statistics: KroneckerStatistics, decay: float | Array | None = None) -> KFACState:
         """Running averages of both factors, each batch weighing 1."""
@@ -97,7 +100,7 @@ class KFAC(Kronecker):
         xp = namespace(state.average.weight)
         counts = (statistics.input_count, statistics.output_count)
         average, ok = observe(xp, state.average, sums, counts, self._decay(decay))
-        return KFACState(average, state.solver, count_failure(xp, state.dropped, ok), state.kept)
+        return state._replace(average=average, dropped=count_failure(xp, state.dropped, ok))
 
     def refresh_all(
         self, layers: Sequence[Layer], states: Sequence[KFACState], dampings: Sequence[float | Array | None]
@@ -108,9 +111,10 @@ class KFAC(Kronecker):
         values = [damp.strength(xp, self.rule, self._damping(d), *side) for side, d in zip(sides, dampings, strict=True)]
         solved = self._decomposed(xp, sides, values, states) if self.diagonalises else self._inverted(xp, sides, values)
         fresh: list[KFACState] = []
-        for state, (solver, ok) in zip(states, solved, strict=True):
+        for state, (solver, ok, taken) in zip(states, solved, strict=True):
             ok = truth(xp, ok & (state.average.weight > 0))
-            fresh.append(state._replace(solver=select(xp, ok, solver, state.solver), kept=count_failure(xp, state.kept, ok)))
+            solver, kept = select(xp, ok, solver, state.solver), count_failure(xp, state.kept, ok)
+            fresh.append(state._replace(solver=solver, kept=kept, rungs=climbed(xp, state.rungs, ok, taken)))
         return fresh
 
     def precondition(self, layer: Layer, state: KFACState, grad: Array, rows: GradientRows | None = None) -> Array:
@@ -139,7 +143,7 @@ class KFAC(Kronecker):
             assert not damped or isinstance(solver, Inverses)
             a, g = (solver.input, solver.output) if isinstance(solver, Inverses) and damped else state.average.values
             found = iter(factors.eigh_all(xp, [(form, x) for form, x in zip(layer.forms, (g, a), strict=True) if x is not None]))
-            (left, out_basis, _), (right, in_basis, _) = (None, None, None) if g is None else next(found), next(found)
+            (left, out_basis, *_), (right, in_basis, *_) = (None, None) if g is None else next(found), next(found)
             values = right[..., None, :] if left is None else left[..., :, None] * right[..., None, :]
             values, bases = 1.0 / values if damped else values, (out_basis, in_basis)
         return BlockOperator(*bases, xp.broadcast_to(values, (*values.shape[:-2], *layer.shape)))
@@ -167,13 +171,17 @@ class KFAC(Kronecker):
         refresh = sum((9.0 if exact else 1.0) * n**3 for n in matrices) + sum(2.0 * n for n in vectors)
         # exact damping applies bases to both sides of the gradient twice, and divides in between whatever the forms are
         apply = 2.0 * out * inp * sum(matrices) * (2 if exact else 1) + out * inp * (0 if exact else len(vectors))
-        return Cost(itemsize * numbers + (20 if exact else 8), reduce, refresh, apply)
+        return Cost(itemsize * numbers + (28 if exact else 16), reduce, refresh, apply)
 
-    def _inverted(self, xp: Namespace, sides: list[Any], values: list[Any]) -> list[tuple[Inverses, Array]]:
-        """Inverses of the damped factors of each block, and whether that succeeded."""
+    def _inverted(self, xp: Namespace, sides: list[Any], values: list[Any]) -> list[tuple[Inverses, Array, list[Array | None]]]:
+        """Inverses of the damped factors of each block, whether that succeeded, and on which rungs."""
         dampable = [self._dampable(xp, forms, a, g, value) for (forms, a, g), value in zip(sides, values, strict=True)]
         found = iter(factors.invert_all(xp, [factor for of_block in dampable for factor in of_block]))
-        return [self._inverses(xp, a, g, [next(found) for _ in some]) for (_, a, g), some in zip(sides, dampable, strict=True)]
+        solved: list[Any] = []
+        for (_, a, g), some in zip(sides, dampable, strict=True):
+            of_block = [next(found) for _ in some]
+            solved.append((*self._inverses(xp, a, g, of_block), [rung for *_, rung in of_block]))
+        return solved
 
     def _dampable(self, xp: Namespace, forms: Forms, a: Array, g: Array | None, value: float | Array) -> list[tuple[Form, Array]]:
         """The damped factors that are to be inverted, each with its form."""
@@ -188,7 +196,7 @@ class KFAC(Kronecker):
         return [(inp, factors.damped(xp, inp, a, damping_a)), (output, factors.damped(xp, output, g, damping_g))]
 
     def _inverses(self, xp: Namespace, a: Array, g: Array | None, found: list[Any]) -> tuple[Inverses, Array]:
-        (first, ok), (last, ok_last) = found[0], found[-1]
+        (first, ok, _), (last, ok_last, _) = found[0], found[-1]
         if g is None:
             return Inverses(first, None), ok
         if self._scalar(a, g):
@@ -202,8 +210,8 @@ class KFAC(Kronecker):
 
     def _decomposed(
         self, xp: Namespace, sides: list[Any], values: list[Any], states: Sequence[KFACState]
-    ) -> list[tuple[Eigenbases, Array]]:
-        """Eigenbases of the factors of each block with their damping, and whether that succeeded."""
+    ) -> list[tuple[Eigenbases, Array, list[Array | None]]]:
+        """Eigenbases of the factors of each block with their damping, whether that succeeded, and on which rungs."""
         each = decompose_all(xp, self.basis or Eigh(), sides, [state.solver for state in states])
         solved: list[Any] = []
         for (forms, a, g), value, state, found in zip(sides, values, states, each, strict=True):
@@ -216,7 +224,7 @@ class KFAC(Kronecker):
                     output_values=_raised(xp, solver.output_values, on_g, forms[0]),
                     damping=xp.zeros_like(solver.damping),
                 )
-            solved.append((solver, ok))
+            solved.append((solver, ok, [side.rung for side in found if side is not None]))
         return solved
 
 

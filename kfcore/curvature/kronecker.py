@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kfcore import factors
+from kfcore import factors, ladder
 from kfcore._array import Array, Namespace, device, namespace, readable, scalar
 from kfcore.curvature.sides import Sided
 from kfcore.eigenbasis import Basis, Decomposed, Eigh, Tracked
@@ -79,6 +79,11 @@ class Kronecker(Sided):
         zero = xp.zeros(leading, dtype=like.dtype, device=device(like))
         ways = xp.zeros((*leading, 3), dtype=xp.int32, device=device(like))
         return Eigenbases(bases[0], ones[0], bases[1], ones[1], zero, ways)  # pyright: ignore[reportArgumentType]
+
+
+def no_rungs(xp: Namespace, like: Array, leading: tuple[int, ...]) -> Array:
+    """Counters of rungs at zero, beside ``like``."""
+    return xp.zeros((*leading, ladder.RUNGS), dtype=xp.int32, device=device(like))
 
 
 def two_sided(xp: Namespace, layer: Layer, left: Array | None, grad: Array, right: Array | None, rows: GradientRows | None) -> Array:

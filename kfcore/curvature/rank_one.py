@@ -11,8 +11,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from kfcore._array import Array, Namespace, Schedule, device, namespace, root, scalar, truth
-from kfcore.curvature.base import count_failure, select
+from kfcore._array import Array, Namespace, Schedule, device, namespace, root, scalar, select, truth
+from kfcore.curvature.base import count_failure
 from kfcore.curvature.sides import Sided, checked_grad, checked_statistics, like_of
 from kfcore.damping import Damping
 from kfcore.layers import Layer

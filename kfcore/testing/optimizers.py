@@ -100,7 +100,8 @@ class OptimizerTests:
             desired = {k: v.astype(dtype) for k, v in flatten(truth.params).items()}
             tolerance = 1e-9 if dtype == "float64" else 2e-3
             assert_close(flatten(params), desired, b, tolerance, f"step {i} of {options} group={group}: params")
-        assert optimizer.diagnostics(state) == {"steps": steps, "skipped_steps": 0, "dropped_statistics": {}, "kept_refreshes": {}}
+        nothing = {name: {} for name in ("dropped_statistics", "kept_refreshes", "jittered_factors", "widened_factors")}
+        assert optimizer.diagnostics(state) == {"steps": steps, "skipped_steps": 0, **nothing}
 
     def test_step_with_momentum_and_decoupled_decay(self) -> None:
         """The defaults, with statistics and refreshes that are not always due, in both dtypes."""

@@ -77,6 +77,24 @@ class PrimitiveTests:
                 assert np.array_equal(result if isinstance(result, bool) else self.backend.to_numpy(result), flag), what
             assert function(namespace(self.backend.put(np.zeros(1))), True) is True
 
+    def test_branches(self) -> None:
+        """Where the library says that it can branch on what is in an array, it can."""
+        for which, function in implementations("branches", self.backend.library).items():
+            for value in (1.0, -1.0):
+
+                def run(x: Any, function: Callable[..., Any] = function) -> Any:
+                    xp = namespace(x)
+                    positive = xp.any(x > 0)
+                    if function(xp, x):
+                        return _array.cond(positive, lambda x: 2.0 * x, lambda x: x - 2.0, x)
+                    return xp.where(positive, 2.0 * x, x - 2.0)
+
+                if which == "reference" and self.backend.library == "torch" and self.backend.no_whole_step:
+                    continue  # what a compiler does to torch only its kernel knows
+                result = self.backend.call(run, self.backend.put(np.asarray([value, -3.0])))
+                desired = [2.0, -6.0] if value > 0 else [-3.0, -5.0]
+                self._compare(f"branches ({which}) of {value}", result, desired, "float64")
+
     def test_number(self) -> None:
         """The number, as an array or as a float."""
         for which, function in implementations("number", self.backend.library).items():
@@ -259,6 +277,38 @@ class PrimitiveTests:
                 assert difference < 10 * TOLERANCE[dtype], (
                     f"{self.backend.name}: {what}: the neighbours of a bad matrix are off by {difference}"
                 )
+
+    def test_invert_of_what_has_no_inverse(self) -> None:
+        """Nothing raises: zeros and NaN are told, each for itself."""
+        self._told("invert", np.linalg.inv, singular=True)
+
+    def test_definite(self) -> None:
+        """Definite matrices are, those below zero, singular or not finite are not."""
+        rng = np.random.default_rng(19)
+        for what, run, leading, dtype in self._cases("definite"):
+            x = definite(rng, leading, 4)
+            self._compare(what, run(self.backend.put(x, dtype)), np.ones(leading, dtype=bool), dtype)
+            for bad in (-x, 0.0 * x, np.nan * x, x - 2.0 * np.eye(4)):
+                self._compare(f"{what} of {bad}", run(self.backend.put(bad, dtype)), np.zeros(leading, dtype=bool), dtype)
+
+    def test_eigh_of_what_has_no_eigenvectors(self) -> None:
+        """Nothing raises: NaN is told, for each matrix by itself; zeros have any basis."""
+        self._told("eigh", np.linalg.eigvalsh, singular=False)
+
+    def _told(self, name: str, desired: Callable[[np.ndarray], np.ndarray], *, singular: bool) -> None:
+        x = definite(np.random.default_rng(18), (4,), 4)
+        x[1], x[2, 0, 3], x[2, 3, 0] = 0.0, np.nan, np.nan
+        good = np.asarray([True, not singular, False, True])
+        for which, function in implementations(name, self.backend.library).items():
+            if which == "reference" and self.backend.library == "torch" and self.backend.no_whole_step:
+                continue  # what a compiled program of torch raises nobody can catch: it has a kernel for that
+            run = self.backend.wrap(lambda x, function=function: function(namespace(x), x))
+            result, *_, ok = run(self.backend.put(x))
+            self._compare(f"{name} ({which}): ok", ok, good, "float64")
+            self._compare(f"{name} ({which})", result[3, ...], desired(x[3]), "float64")
+            for at in (1, 2):
+                ok = run(self.backend.put(x[at]))[-1]
+                self._compare(f"{name} ({which}) of the matrix {at} alone: ok", ok, good[at], "float64")
 
     def test_invert_all(self) -> None:
         """Of several sizes, stacks and not, each as if alone; a bad one is reported alone."""

@@ -554,7 +554,7 @@ def test_the_report_counts_all_groups(rng):
     block = state.curvature.blocks["conv"]
     assert block.average.values[0].shape == (4, 19, 19)
     assert block.average.values[1].shape == (4, 2, 2)
-    arrays = [block.average.weight, *block.average.values, block.solver.input, block.solver.output, block.dropped, block.kept]
+    arrays = [block.average.weight, *block.average.values, block.solver.input, block.solver.output, block.dropped, block.kept, block.rungs]
     assert optimizer.report(params).bytes == sum(a.nbytes for a in [*arrays, *state.step.momentum.values()])
 
 

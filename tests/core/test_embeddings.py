@@ -557,7 +557,7 @@ def test_the_algebra_of_a_diagonal_is_that_of_its_matrix(ref, rng):
     assert np.array_equal(full, x[..., None] * np.eye(5))
     for function in (factors.trace, factors.mean, factors.frobenius, factors.eigenvalues):
         assert ref.distance(function(np, "diagonal", x), function(np, "matrix", full)) < 1e-14
-    (inverse, ok), (whole, _) = factors.invert_all(np, [("diagonal", x), ("matrix", full)])
+    (inverse, ok, _), (whole, *_) = factors.invert_all(np, [("diagonal", x), ("matrix", full)])
     assert ok.all()
     assert ref.distance(factors.dense(np, "diagonal", inverse), whole) < 1e-14
     for forms, left in ((("diagonal", "matrix"), x), (("matrix", "matrix"), full)):
