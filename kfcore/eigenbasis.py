@@ -217,7 +217,9 @@ def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, 
     back = inverse @ both.mT
     moved = rotated - block
     image = basis @ y + moved @ (pick.mT @ y) + rotated
-    return basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+    basis = basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+    # in a vector that is turned at every refresh, rounding errors of its length add up, one among many that `look` does not see
+    return basis / xp.sqrt(xp.sum(basis * basis, axis=-2))[..., None, :]
 
 
 def orthonormal(xp: Namespace, y: Array) -> Array:

@@ -14,13 +14,13 @@ BLOCK = 10
 """Steps timed at a time: as many as there are between two refreshes, so that every block holds one."""
 
 
-def options(description: str | None, **more: str) -> argparse.Namespace:
-    """The command line; ``more`` are further options and their defaults."""
+def options(description: str | None, **more: str | bool) -> argparse.Namespace:
+    """The command line; ``more`` are further options and their defaults, ``False`` for one without a value."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     for name, default in more.items():
-        parser.add_argument(f"--{name}", default=default)
+        parser.add_argument(f"--{name}", default=default, action="store_true" if default is False else "store")
     return parser.parse_args()
 
 
