@@ -2,7 +2,7 @@
 
 Two networks on scikit-learn's digits, refreshed every ten steps, all bases of 32 to 513 vectors followed: a classifier whose loss goes to
 nothing, and its curvature with it, and an autoencoder whose loss does not. Of every basis, after each refresh, ``max |Q^T Q - I|`` is taken
-in float64. Memory is what Python allocated and what the process holds, after a tenth of the steps and at the end.
+in float64. Memory is what Python allocated and what the process holds, after every tenth of the steps.
 
     python tests/benchmarks/long_run.py [--quick] [--out FILE.json]
 """
@@ -63,7 +63,7 @@ def run(net: nn.Module, loss: kf.Loss, criterion: Any, inputs: Tensor, targets: 
     method = kf.EKFAC(damping=damping, refresh_every=EVERY, basis=kf.Tracked(smallest=32))
     optimizer = Optimizer(net, method, lr=0.1, momentum=0.9, clip=1e-3, loss=loss)
     generator = torch.Generator().manual_seed(0)
-    worst, last, early = 0.0, 0.0, {}
+    worst, last, held = (0.0,), 0.0, []
     tracemalloc.start()
     for step in range(1, steps + 1):
         rows = torch.randint(len(inputs), (BATCH,), generator=generator)
@@ -72,14 +72,14 @@ def run(net: nn.Module, loss: kf.Loss, criterion: Any, inputs: Tensor, targets: 
         error.backward()
         optimizer.step()
         if step % EVERY == 1:
-            states = optimizer.engine.state.curvature.blocks.values()
-            last = max(skew(basis) for state in states for basis in (state.solver.input_basis, state.solver.output_basis))
-            worst = max(worst, last)
+            solvers = {name: state.solver for name, state in optimizer.engine.state.curvature.blocks.items()}
+            sides = {(name, side): getattr(solver, f"{side}_basis") for name, solver in solvers.items() for side in ("input", "output")}
+            skews = [(skew(basis), step, *where) for where, basis in sides.items()]
+            worst, last = max(worst, *skews), max(skews)[0]
             if not math.isfinite(error.item()) or not all(p.isfinite().all() for p in net.parameters()):
                 raise SystemExit(f"not finite at step {step}")
-        if step == steps // 10:
-            early = memory()
-    late = memory()
+        if step % (steps // 10) == 0:
+            held.append(memory())
     tracemalloc.stop()
     blocks = optimizer.engine.state.curvature.blocks
     with torch.no_grad():
@@ -91,7 +91,7 @@ def run(net: nn.Module, loss: kf.Loss, criterion: Any, inputs: Tensor, targets: 
         "skew": {"worst": worst, "last": last},
         "ways": {name: state.solver.ways.tolist() for name, state in blocks.items()},
         "diagnostics": {name: value for name, value in diagnostics.items() if isinstance(value, int | float | str | dict)},
-        "memory": {"early": early, "late": late},
+        "memory": held,
     }
 
 
@@ -109,12 +109,12 @@ def main() -> None:
     for name, (build, loss, criterion, targets, damping) in tasks.items():
         torch.manual_seed(0)
         result[name] = found = run(build(), loss, criterion, images, targets, steps, damping)
-        worst, last = found["skew"]["worst"], found["skew"]["last"]
-        print(f"{name}: {steps} steps, loss {found['loss']:.2e}; max |Q^T Q - I| {worst:.1e}, at the end {last:.1e}")
+        (worst, *where), last = found["skew"]["worst"], found["skew"]["last"]
+        print(f"{name}: {steps} steps, loss {found['loss']:.2e}; max |Q^T Q - I| {worst:.1e} (at {where}), at the end {last:.1e}")
         print(f"  refreshes that left, improved, decomposed: {found['ways']}; {found['diagnostics']}")
         for what in ("traced", "resident"):
-            early, late = (found["memory"][when][what] / 2**20 for when in ("early", "late"))
-            print(f"  {what:8} {early:8.2f} MiB after {steps // 10} steps, {late:8.2f} MiB after {steps}", flush=True)
+            every = ", ".join(f"{held[what] / 2**20:.2f}" for held in found["memory"])
+            print(f"  {what:8} MiB: {every}", flush=True)
         write(arguments.out, result)
 
 
