@@ -189,4 +189,18 @@ def _numpy_counts(xp: Namespace, ids: Array, num: int) -> Array:
     return _per_row(xp, numpy.bincount(flat, minlength=length), ids, num)
 
 
+def _numpy_eigh(xp: Namespace, x: Array) -> tuple[Array, Array, Array]:
+    """Where LAPACK does not converge, which it reports by an exception, again in double precision; NaN if that fails too."""
+    x = symmetrise(x)
+    for dtype in (x.dtype, numpy.float64):
+        try:
+            values, vectors = numpy.linalg.eigh(x.astype(dtype, copy=False))
+        except numpy.linalg.LinAlgError:
+            continue
+        values, vectors = values.astype(x.dtype, copy=False), vectors.astype(x.dtype, copy=False)
+        return numpy.maximum(values, 0.0), vectors, numpy.isfinite(values.sum(axis=-1))
+    return numpy.full_like(x[..., 0], numpy.nan), numpy.full_like(x, numpy.nan), numpy.zeros(x.shape[:-2], bool)
+
+
 register_kernel("counts", "numpy", _numpy_counts)
+register_kernel("eigh", "numpy", _numpy_eigh)

@@ -110,9 +110,26 @@ def invert(xp: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigh(xp: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With contiguous rows in the vectors: products then round as they do with vectors read from a checkpoint."""
-    values, vectors = torch.linalg.eigh(0.5 * (x + x.mT))
+    """With contiguous rows in the vectors: products then round as they do with vectors read from a checkpoint.
+
+    LAPACK's method for single precision now and then does not converge on a harmless factor of low rank, where PyTorch raises: then in
+    double precision.
+    """
+    x = 0.5 * (x + x.mT)
+    try:
+        values, vectors = torch.linalg.eigh(x)
+    except torch.linalg.LinAlgError:
+        values, vectors = _eigh_again(x)
     return values.clamp(min=0.0), vectors.contiguous(), torch.isfinite(values.sum(dim=-1))
+
+
+def _eigh_again(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In double precision, or NaN if that fails too."""
+    try:
+        values, vectors = torch.linalg.eigh(x.double())
+    except torch.linalg.LinAlgError:
+        return torch.full_like(x[..., 0], math.nan), torch.full_like(x, math.nan)
+    return values.to(x.dtype), vectors.to(x.dtype)
 
 
 def counts(xp: Any, ids: Tensor, num: int) -> Tensor:
