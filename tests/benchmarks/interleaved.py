@@ -30,12 +30,14 @@ def write(out: Path | None, result: Mapping[str, Any]) -> None:
         out.write_text(json.dumps(result, indent=2))
 
 
-def measure(arms: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, dict[str, float]]:
+def measure(
+    arms: Mapping[str, Callable[[], None]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Milliseconds a step and ratios to the first arm, taken within a repetition, as medians with quartiles."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repetitions):
         for name, step in arms.items():
-            times[name].append(_block(step))
+            times[name].append(_block(step, clock))
     first = next(iter(times.values()))
     rows = {}
     for name, own in times.items():
@@ -54,8 +56,8 @@ def state(row: Mapping[str, float]) -> str:
     return f"  state {row['state_bytes']:,} bytes, reported {row['reported_bytes']:,}"
 
 
-def _block(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _block(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(BLOCK):
         step()
-    return (time.perf_counter() - start) / BLOCK * 1e3
+    return (clock() - start) / BLOCK * 1e3

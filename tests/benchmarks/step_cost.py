@@ -1,7 +1,8 @@
 """Cost of an optimizer step against plain SGD in PyTorch: the same net and data, arms interleaved in one process, one thread.
 
-A block is ten whole steps (forward, backward, update), so that every block holds one refresh. Ratios are taken within a repetition. With
-``--soap`` SOAP (Vyas et al. 2024) runs too, the one of ``pip install --no-deps pytorch_optimizer``.
+A block is ten whole steps (forward, backward, update), so that every block holds one refresh. Ratios are taken within a repetition, of
+processor time, which is that of the one thread. With ``--soap`` SOAP (Vyas et al. 2024) runs too, the one of
+``pip install --no-deps pytorch_optimizer``.
 
     python tests/benchmarks/step_cost.py [--quick] [--soap] [--out FILE.json]
 """
@@ -9,6 +10,7 @@ A block is ten whole steps (forward, backward, update), so that every block hold
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +73,7 @@ def race(width: int, repetitions: int, more: dict[str, Make]) -> dict[str, dict[
     for step, _ in arms.values():
         for _ in range(BLOCK):
             step()
-    rows = measure({name: step for name, (step, _) in arms.items()}, repetitions)
+    rows = measure({name: step for name, (step, _) in arms.items()}, repetitions, time.process_time)
     for name, (_, size) in arms.items():
         rows[name]["state_bytes"], rows[name]["reported_bytes"] = size()
     return rows
