@@ -219,7 +219,9 @@ def refined(xp: Namespace, x: Array, basis: Array, values: Array, drift: Array, 
     back = inverse @ both.mT
     moved = rotated - block
     image = basis @ y + moved @ (pick.mT @ y) + rotated
-    return basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+    basis = basis + xp.concat([moved, image], axis=-1) @ xp.concat([pick.mT, -back], axis=-2)
+    # in a vector that is turned at every refresh, rounding errors of its length add up, one among many that `look` does not see
+    return basis / xp.sqrt(xp.sum(basis * basis, axis=-2))[..., None, :]
 
 
 def orthonormal(xp: Namespace, y: Array) -> Array:
@@ -237,11 +239,11 @@ def transport(xp: Namespace, scales: Array, left: tuple[Array | None, Array | No
     """``scales [..., out, in]`` of a matrix that is diagonal in old bases, as its diagonal in new ones: ``P_G S P_A^T``, exactly.
 
     ``left`` and ``right`` are ``(old, new)`` of the output and the input side, and ``P = (new^T old)^2`` entry by entry, a doubly
-    stochastic matrix, so that sums and signs stay.
+    stochastic matrix, so that sums and signs stay. A basis that was left as it was is the same array, and costs nothing.
     """
-    if left[0] is not None and left[1] is not None:
+    if left[0] is not None and left[1] is not None and left[0] is not left[1]:
         scales = (left[1].mT @ left[0]) ** 2 @ scales
-    if right[0] is not None and right[1] is not None:
+    if right[0] is not None and right[1] is not None and right[0] is not right[1]:
         scales = scales @ ((right[0].mT @ right[1]) ** 2)
     return scales
 

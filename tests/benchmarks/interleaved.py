@@ -14,13 +14,13 @@ BLOCK = 10
 """Steps timed at a time: as many as there are between two refreshes, so that every block holds one."""
 
 
-def options(description: str | None, **more: str) -> argparse.Namespace:
-    """The command line; ``more`` are further options and their defaults."""
+def options(description: str | None, **more: str | bool) -> argparse.Namespace:
+    """The command line; ``more`` are further options and their defaults, ``False`` for one without a value."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     for name, default in more.items():
-        parser.add_argument(f"--{name}", default=default)
+        parser.add_argument(f"--{name}", default=default, action="store_true" if default is False else "store")
     return parser.parse_args()
 
 
@@ -30,12 +30,14 @@ def write(out: Path | None, result: Mapping[str, Any]) -> None:
         out.write_text(json.dumps(result, indent=2))
 
 
-def measure(arms: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, dict[str, float]]:
+def measure(
+    arms: Mapping[str, Callable[[], None]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Milliseconds a step and ratios to the first arm, taken within a repetition, as medians with quartiles."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repetitions):
         for name, step in arms.items():
-            times[name].append(_block(step))
+            times[name].append(_block(step, clock))
     first = next(iter(times.values()))
     rows = {}
     for name, own in times.items():
@@ -54,8 +56,8 @@ def state(row: Mapping[str, float]) -> str:
     return f"  state {row['state_bytes']:,} bytes, reported {row['reported_bytes']:,}"
 
 
-def _block(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _block(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(BLOCK):
         step()
-    return (time.perf_counter() - start) / BLOCK * 1e3
+    return (clock() - start) / BLOCK * 1e3

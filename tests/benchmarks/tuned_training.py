@@ -11,6 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,7 +36,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
-def optimizer(name: str, module: torch.nn.Module, settings: dict[str, float]) -> torch.optim.Optimizer:
+def optimizer(name: str, settings: dict[str, float], module: torch.nn.Module) -> torch.optim.Optimizer:
     """K-FAC with what the race uses everywhere, or an optimizer of PyTorch."""
     if name == "adamw":
         return torch.optim.AdamW(module.parameters(), **settings)
@@ -43,18 +46,29 @@ def optimizer(name: str, module: torch.nn.Module, settings: dict[str, float]) ->
     return Optimizer(module, method, lr=settings["lr"], momentum=0.9, clip=1e-3)
 
 
-def train(problem: Problem, data: Any, name: str, settings: dict[str, float], seed: int, steps: int) -> dict[str, float]:
-    """Training loss and the metric of the test part after so many steps, in float32."""
+def train(
+    problem: Problem, data: Any, make: Callable[[torch.nn.Module], torch.optim.Optimizer], seed: int, steps: int, every: int | None = None
+) -> list[dict[str, float]]:
+    """Training loss and the metric of the test part after so many steps, in float32, and after every ``every`` steps before.
+
+    ``seconds`` are those of processor time (of one thread, if PyTorch has one) that the steps took, which other work on the machine
+    lengthens less than time on the clock.
+    """
     torch.manual_seed(seed)
     contender = TorchContender(problem.network, problem.network.init(seed), SGD(lr=0.0, momentum=0.0), "float32")
-    contender.optimizer = optimizer(name, contender.module, settings)
-    for index in islice(batches(len(data.train_x), problem.batch_size, seed), steps):
+    contender.optimizer = make(contender.module)
+    inputs, targets, test = (contender.tensor(x) for x in (*data.measured, data.test_x))
+    seconds, curve = 0.0, []
+    for step, index in enumerate(islice(batches(len(data.train_x), problem.batch_size, seed), steps), 1):
+        start = time.process_time()
         contender.step(data.train_x[index], data.train_y[index])
-    with torch.no_grad():
-        inputs, targets = (contender.tensor(x) for x in data.measured)
-        loss = float(contender.loss(contender.module(inputs), targets))
-        score = problem.score(contender.module(contender.tensor(data.test_x)).numpy(), data.test_y)
-    return {"loss": loss if math.isfinite(loss) else math.inf, "score": score}
+        seconds += time.process_time() - start
+        if step == steps or (every and step % every == 0):
+            with torch.no_grad():
+                loss = float(contender.loss(contender.module(inputs), targets))
+                score = problem.score(contender.module(test).numpy(), data.test_y)
+            curve.append({"step": step, "seconds": seconds, "loss": loss if math.isfinite(loss) else math.inf, "score": score})
+    return curve
 
 
 def main() -> None:
@@ -68,11 +82,11 @@ def main() -> None:
     rows = []
     for name, grid in GRIDS.items():
         points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        tried = [(train(problem, data, name, point, 0, steps), point) for point in points]
+        tried = [(train(problem, data, partial(optimizer, name, point), 0, steps)[-1], point) for point in points]
         for found, point in tried:
             print(f"  {name:6} {point}  loss {found['loss']:.3e}  {problem.metric} {found['score']:.4f}", flush=True)
         _, best = min(tried, key=lambda run: run[0]["loss"])
-        runs = [train(problem, data, name, best, seed, steps) for seed in range(1, 6)]
+        runs = [train(problem, data, partial(optimizer, name, best), seed, steps)[-1] for seed in range(1, 6)]
         losses, scores = ([run[key] for run in runs] for key in ("loss", "score"))
         rows.append(
             f"{name:6} {best!s:36} {statistics.median(losses):.3e} ({min(losses):.3e} to {max(losses):.3e})   "

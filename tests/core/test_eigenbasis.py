@@ -129,7 +129,7 @@ def test_a_sweep_of_everything_decomposes(rng):
 @pytest.mark.parametrize("n", [9, 40])
 def test_two_hundred_refreshes_of_a_factor_that_drifts(rng, n, dtype, limit):
     how = kf.Tracked(smallest=1)
-    basis, ways, before, after, worst = np.eye(n, dtype=dtype), 0, [], [], 0.0
+    basis, ways, before, after, worst, lengths = np.eye(n, dtype=dtype), 0, [], [], 0.0, []
     for turn, x in enumerate(walk(rng, n, 200, dtype=dtype)):
         before.append(drift_of(basis, x))
         found = refresh(how, x, basis, turn)
@@ -137,7 +137,10 @@ def test_two_hundred_refreshes_of_a_factor_that_drifts(rng, n, dtype, limit):
         assert basis.dtype == found.values.dtype == dtype
         after.append(drift_of(basis, x))
         worst = max(worst, skew_of(basis))
+        lengths.append(np.abs((basis.astype(np.float64) ** 2).sum(axis=0) - 1.0).max())
     assert worst < limit
+    # rounding errors do not add up in the vectors that are turned again and again
+    assert max(lengths[20:]) < 7.0 * np.finfo(dtype).eps
     assert ways[2] == 1
     assert ways[1] > 50
     assert ways[0] > 10

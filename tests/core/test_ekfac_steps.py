@@ -1,5 +1,8 @@
 """EKFAC in a whole optimizer: in which order a step measures, moves and refreshes, and what is counted."""
 
+import gc
+import sys
+
 import numpy as np
 import pytest
 
@@ -118,3 +121,43 @@ def test_the_report_counts_the_bytes_of_the_state(layer, dtype):
 
     blocks = optimizer.init(params).curvature.blocks
     assert optimizer.report(params).bytes == sum(size(block) for block in blocks.values())
+
+
+def test_fifteen_hundred_steps_in_float32(rng):
+    """Finite, with bases that stay orthonormal, and no more memory than at first; ``tests/benchmarks/long_run.py`` is the longer one."""
+    sizes, teacher = (20, 24, 4), rng.normal(size=(20, 4))
+    layers = {"a": kf.Linear(*sizes[:2]), "b": kf.Linear(*sizes[1:])}
+    params = {
+        name: {"weight": rng.normal(size=(n, m)).astype(np.float32) / np.float32(m**0.5), "bias": np.zeros(n, np.float32)}
+        for name, m, n in zip(layers, sizes, sizes[1:], strict=False)
+    }
+    method = kf.EKFAC(damping=1e-3, refresh_every=3, basis=kf.Tracked(smallest=8))
+    optimizer = kf.Optimizer(method, layers, learning_rate=0.02, clip=1e-2)
+    state, worst, losses, held = optimizer.init(params), 0.0, [], []
+    for step in range(1500):
+        x = rng.normal(size=(16, 20)).astype(np.float32)
+        h = np.tanh(x @ params["a"]["weight"].T + params["a"]["bias"])
+        error = h @ params["b"]["weight"].T + params["b"]["bias"] - np.tanh(x @ teacher).astype(np.float32)
+        dz = error / np.float32(len(x))
+        dh = (dz @ params["b"]["weight"]) * (1 - h * h)
+        grads = {"a": {"weight": dh.T @ x, "bias": dh.sum(axis=0)}, "b": {"weight": dz.T @ h, "bias": dz.sum(axis=0)}}
+        params, state = optimizer.step(params, grads, {"a": (x, dh), "b": (h, dz)}, state)
+        losses.append(0.5 * float((error**2).sum()) / len(x))
+        for block in state.curvature.blocks.values() if step % 3 == 0 else ():
+            for basis in (block.solver.input_basis, block.solver.output_basis):
+                wide = basis.astype(np.float64)
+                worst = max(worst, np.abs(wide.T @ wide - np.eye(len(wide))).max())
+        if step in (499, 1499):
+            gc.collect()
+            held.append(sys.getallocatedblocks())
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-100:]) < 0.7 * np.mean(losses[:100])
+    assert worst < 2e-6
+    # a block of memory is what an object takes; the losses are kept
+    assert held[1] - held[0] < 1300, held
+    found = optimizer.diagnostics(state)
+    assert not any(found[name] for name in ("skipped_steps", "dropped_statistics", "kept_refreshes"))
+    left, improved, decomposed = state.curvature.blocks["a"].solver.ways
+    assert improved > 300
+    assert decomposed < 100
+    assert left + improved + decomposed == 1000

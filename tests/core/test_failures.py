@@ -200,3 +200,30 @@ def test_a_negative_damping_from_a_schedule_is_refused(rng, captures):
     params = {"a": {"weight": rng.normal(size=(2, 3))}}
     with pytest.raises(ValueError, match=r"`damping`.*-0.1"):
         optimizer.step(params, params, {"a": captures(rng)}, optimizer.init(params))
+
+
+@pytest.mark.parametrize("method", [kf.EKFAC(damping=0.1, refresh_every=2), kf.KFAC(damping=kf.Damping(0.1, "exact"), refresh_every=2)])
+def test_an_eigendecomposition_that_does_not_converge_is_tried_in_double_and_else_counted(rng, model, method, monkeypatch):
+    """LAPACK's for single precision gives up on some harmless factors of low rank."""
+    narrow = lambda tree: {n: narrow(p) for n, p in tree.items()} if isinstance(tree, dict) else tree.astype(np.float32)  # noqa: E731
+    batches, first = [tuple(map(narrow, model.batch(rng))) for _ in range(5)], narrow(model.params(rng))
+    eigh, broken, ends = np.linalg.eigh, set(), []
+
+    def fragile(x):
+        if x.dtype in broken:
+            raise np.linalg.LinAlgError("Eigenvalues did not converge")
+        return eigh(x)
+
+    monkeypatch.setattr(np.linalg, "eigh", fragile)
+    optimizer = kf.Optimizer(method, model.layers(), learning_rate=0.05)
+    for dtypes in (set(), {np.dtype(np.float32)}, {np.dtype(np.float32), np.dtype(np.float64)}):
+        broken.clear()
+        params, state = model.run(optimizer, first, optimizer.init(first), batches[:2])
+        broken.update(dtypes)
+        params, state = model.run(optimizer, params, state, batches[2:])
+        assert all(np.isfinite(leaf).all() for leaf in model.flat(params))
+        ends.append((params, optimizer.diagnostics(state)["kept_refreshes"]))
+    (good, _), (wide, none), (_, kept) = ends
+    assert model.same(wide, good, 1e-5)
+    assert not none
+    assert kept == {"fc1": 2, "fc2": 2}

@@ -97,3 +97,28 @@ def test_two_ranks_with_unequal_padding_have_the_factors_of_the_whole(lib, fishe
     found = step(ids[1:], lambda t: t.add_(next(waiting)))
     assert next(waiting, None) is None, "both ranks must reduce the same things"
     assert {name: lib.gap(found[name], expected[name]) for name in found} == pytest.approx(dict.fromkeys(expected, 0.0), abs=1e-12)
+
+
+def test_an_eigendecomposition_that_does_not_converge_is_tried_in_double_and_else_counted(lib, monkeypatch):
+    """PyTorch raises where LAPACK gives up, as it does in single precision on some harmless factors of low rank."""
+    eigh, broken, ends = torch.linalg.eigh, set(), []
+
+    def fragile(x):
+        if x.dtype in broken:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fragile)
+    data = [(x.float(), y) for x, y in lib.batches(5)]
+    for dtypes in (set(), {torch.float32}, {torch.float32, torch.float64}):
+        broken.clear()
+        model = lib.mlp().float()
+        optimizer = Optimizer(model, kf.EKFAC(damping=0.1, refresh_every=2), lr=0.05)
+        lib.train(model, optimizer, data[:2])
+        broken.update(dtypes)
+        ends.append((lib.train(model, optimizer, data[2:]), set(optimizer.diagnostics()["kept_refreshes"].values())))
+    (good, _), (wide, none), (stale, kept) = ends
+    assert lib.gap(good, wide) < 1e-5
+    assert not none
+    assert kept == {2}
+    assert torch.isfinite(torch.as_tensor(stale)).all()
