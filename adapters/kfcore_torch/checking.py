@@ -13,9 +13,9 @@ from kfcore import KFAC, CrossEntropy, Loss, Method, StepSize
 from kfcore._array import namespace
 from kfcore.checking import SelfCheck, compare, exactly, examples_of, tolerance_of
 from kfcore.statistics import Use
-from kfcore_torch.capture import captures_of
 from kfcore_torch.engine import Call, Engine
 from kfcore_torch.fisher import pull_back
+from kfcore_torch.quiet import unseen
 from kfcore_torch.sites import NormBlock, Sharing, coupled
 
 
@@ -144,17 +144,11 @@ class _Engine(Engine):
 @contextmanager
 def _untouched(model: nn.Module, engine: Engine) -> Iterator[None]:
     """Restore buffers and random numbers, and keep other optimizers from looking."""
-    others = [(capture, capture.wanted, capture.counting) for capture in captures_of(model) if capture is not engine.capture]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        for capture, *_ in others:
-            capture.wanted = capture.counting = False
-        with torch.random.fork_rng(devices):
+        with unseen(model, engine.capture):
             yield
     finally:
-        for capture, wanted, counting in others:
-            capture.wanted, capture.counting = wanted, counting
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

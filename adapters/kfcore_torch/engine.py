@@ -20,11 +20,14 @@ from kfcore.optimizer import merge
 from kfcore.preconditioner import default_fallback
 from kfcore.statistics import Use
 from kfcore_torch.capture import Capture
+from kfcore_torch.derivatives import Derivatives
 from kfcore_torch.examples import Examples
 from kfcore_torch.fisher import pull_back
 from kfcore_torch.layout import Layout, layout
 from kfcore_torch.masks import RECOMPUTED, Masks, checked
+from kfcore_torch.objective import LossFunction, Objective, Predict
 from kfcore_torch.passes import Passes, running
+from kfcore_torch.quiet import Aside
 from kfcore_torch.sites import NormBlock, Sharing, as_used, coupled
 
 
@@ -65,6 +68,7 @@ class Engine:
         if method.fisher in ("mc", "exact") and loss is None:
             raise ValueError(f"`loss` must be given for fisher={method.fisher!r}, such as kfcore.CrossEntropy(), got None")
         self.module, self.method, self.step_size, self.loss = module, method, step, loss
+        self._aside, self._derivatives = Aside(module), Derivatives()
         self.grad_scaler, self.all_reduce, self.strict = grad_scaler, all_reduce, strict
         self._how: dict[str, Any] = {"bias": bias, "sharing": sharing, "norm": norm}
         group = any(p.device.type != "cpu" for p in trained) if group is None else group
@@ -266,13 +270,20 @@ class Engine:
         self.moved()
         return grads, found
 
-    def updates(self, overrides: Mapping[str, Any], terms: float | Tensor | None) -> dict[str, Tensor]:
-        """Updates by parameter; the state moves on by one step."""
+    def updates(
+        self, overrides: Mapping[str, Any], terms: float | Tensor | None, lent: tuple[Predict, LossFunction] | None = None
+    ) -> dict[str, Tensor]:
+        """Updates by parameter; the state moves on by one step. ``lent`` makes the objective of a rule with a quadratic model."""
         grads, statistics, terms = self._gather(terms)
         overrides = dict(overrides)
         overrides["damping"] = self._by_block(overrides["damping"])
+        objective = None
+        if lent is not None:
+            across = None if self.all_reduce is None else self._as_gradients
+            objective = Objective(*lent, self.layout, self._aside, self._derivatives, across)
+        scale, values = self._scale(), self.layout.values()
         found, self.state = self.core.update(
-            self.layout.values(), grads, self.state, statistics, terms=terms, loss_scale=self._scale(), overrides=overrides
+            values, grads, self.state, statistics, terms=terms, loss_scale=scale, overrides=overrides, objective=objective
         )
         self.moved()
         return found
@@ -286,7 +297,9 @@ class Engine:
         if sparse:
             raise TypeError(f"sparse gradients are not supported, got one for {sparse[0]!r}: use sparse=False in that embedding")
         if not self.capture.wanted:
-            return grads, None, self._count_terms(terms)
+            terms = self._count_terms(terms)
+            summed = self.all_reduce is not None and self.core.loss_reduction == "sum"
+            return grads, None, self._sum_over_ranks(terms) if summed else terms
         if self._passes is not None:
             self._passes.close()
         self._masks.check_fitted()
@@ -372,6 +385,15 @@ class Engine:
         tensor = x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=first.device)
         self.all_reduce(tensor)
         return tensor if isinstance(x, Tensor) else float(tensor)
+
+    def _as_gradients(self, x: Tensor) -> Tensor:
+        """What becomes of gradients of the ranks' own losses in those of the whole: their mean, or the sum of summed losses."""
+        wide = x.detach().reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
+        both = torch.cat([wide, torch.ones_like(wide[:1])])
+        assert self.all_reduce is not None
+        self.all_reduce(both)
+        total = both[:-1].reshape(x.shape)
+        return total if self.core.loss_reduction == "sum" else total / both[-1]
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

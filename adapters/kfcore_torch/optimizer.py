@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfcore import CheckpointError, Loss, Method, StepSize
+from kfcore import CheckpointError, Loss, Method, QuadraticModel, StepSize
 from kfcore._array import Schedule
 from kfcore.damping import check_positive
 from kfcore.optimizer import added
+from kfcore.stepsize import coupled
 from kfcore_torch.engine import Engine
+from kfcore_torch.objective import LossFunction, Predict
 from kfcore_torch.shell import Shell
 from kfcore_torch.sites import NormBlock, Sharing
 
@@ -39,6 +41,9 @@ class Optimizer(Shell, torch.optim.Optimizer):
     lr, momentum, nesterov, weight_decay, decay, clip, graft
         See :class:`kfcore.StepSize`. ``lr`` lives in the groups, where schedulers find it. Clipping of raw gradients goes between
         ``backward`` and ``step`` as usual; ``clip`` here bounds the preconditioned step.
+    quadratic
+        Learning rate, momentum or both from the quadratic model of the loss, see :class:`kfcore.QuadraticModel`; :meth:`step` then needs
+        ``predict`` and ``loss_fn``, and all groups the same ``lr``, which is a factor on the step.
     loss
         Description of the loss such as :class:`kfcore.CrossEntropy`; needed for the Fisher types ``"mc"`` and ``"exact"``.
     loss_reduction
@@ -73,13 +78,14 @@ class Optimizer(Shell, torch.optim.Optimizer):
         method: Method,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float | Schedule = 0.9,
         nesterov: bool | Literal["delayed"] = False,
         weight_decay: float = 0.0,
         decay: Literal["decoupled", "coupled"] = "decoupled",
         clip: float | Schedule | None = None,
         graft: bool = False,
+        quadratic: QuadraticModel | None = None,
         loss: Loss | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         bias: Literal["joint", "separate"] = "joint",
@@ -92,15 +98,8 @@ class Optimizer(Shell, torch.optim.Optimizer):
         spread: bool = False,
         strict: bool = False,
     ) -> None:
-        step = StepSize(
-            learning_rate=0.0,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=0.0,
-            decay=decay,
-            clip=clip,
-            graft=graft,
-        )
+        self._step = step = StepSize(momentum=momentum, nesterov=nesterov, decay=decay, clip=clip, graft=graft, quadratic=quadratic)
+        lr = step.learning_rate if lr is None else lr
         self._engine: Engine | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -126,12 +125,38 @@ class Optimizer(Shell, torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, terms: float | Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        terms: float | Tensor | None = None,
+        predict: Predict | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> Any:
         """Run ``closure`` if given, take its gradients, and update the parameters.
 
-        ``terms`` is the number of terms in the loss of this step, where the default count (see the class) is not right.
         Parameters of the groups that were frozen and are no more take part from the step after this one.
+
+        Parameters
+        ----------
+        closure
+            Computes the gradients and returns the loss, which this returns too.
+        terms
+            Number of terms in the loss of this step, where the default count (see the class) is not right.
+        predict, loss_fn
+            With ``quadratic``, the loss ``loss_fn(predict())`` whose gradients these are: ``predict`` runs the model on the batch and returns
+            its outputs, a tensor or a tuple or list of tensors, and ``loss_fn`` makes of outputs like these the scalar loss. It is unscaled,
+            and of this rank's part of the batch where ``all_reduce`` is given. Both are run several times, with the same random numbers,
+            and leave buffers, gradients, captures and generators as they are. The curvature is positive where ``loss_fn`` is convex.
+
+        Raises
+        ------
+        ValueError
+            If ``predict`` and ``loss_fn`` are missing with ``quadratic``, or given without.
+        RuntimeError
+            At the first step, if no exact curvature products can be taken through what ``predict`` runs.
         """
+        lent = self._lent(predict, loss_fn)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -145,7 +170,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
             for p in group["params"]:
                 for name in names.get(id(p), ()):
                     rates[name], decays[name], dampings[name] = group["lr"], group["weight_decay"], group["damping"]
-        self._write(engine.updates({"learning_rate": rates, "weight_decay": decays, "damping": dampings}, terms))
+        self._write(engine.updates({"learning_rate": rates, "weight_decay": decays, "damping": dampings}, terms, lent))
         engine.join(self._trained())
         return loss
 
@@ -171,6 +196,8 @@ class Optimizer(Shell, torch.optim.Optimizer):
                     check_positive(name, group[name], zero=True)
             if group["damping"] is not None:
                 check_positive("damping", group["damping"])
+            if self._step.quadratic is not None:
+                coupled(self._step, group["weight_decay"], ("weight_decay",))
             if self._engine is not None:
                 self._engine.plan(self._trained())
         except (ValueError, TypeError):
@@ -207,6 +234,19 @@ class Optimizer(Shell, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an optimizer with hooks cannot be pickled: save `state_dict()`, or `optimizer.save(path)`")
+
+    def _lent(self, predict: Predict | None, loss_fn: LossFunction | None) -> tuple[Predict, LossFunction] | None:
+        """What the quadratic model asks for."""
+        if self._step.quadratic is None:
+            if predict is not None or loss_fn is not None:
+                raise ValueError("`predict` and `loss_fn` have no use without `quadratic`, whose model of the loss they are for")
+            return None
+        if predict is None or loss_fn is None:
+            raise ValueError(
+                "`predict` and `loss_fn` must be given to `step` with `quadratic`, such as "
+                "`optimizer.step(predict=lambda: model(x), loss_fn=lambda z: criterion(z, y))`"
+            )
+        return predict, loss_fn
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
