@@ -1,8 +1,8 @@
 """Derivatives of a model's outputs along directions in its parameters: forward-mode, or by two backward passes where that does not go.
 
 Both are exact. Which of them a model bears is found out once, at the first product, against the gradient of the loss: an operation
-without forward-mode derivatives raises, but one that hides its parameters from them (``torch.utils.checkpoint`` with ``use_reentrant=True``,
-say) would only give other numbers.
+without forward-mode derivatives raises, but one that hides its parameters from them (``torch.utils.checkpoint`` with
+``use_reentrant=True``, say) would only give other numbers.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Way(NamedTuple):
     """Without the fused kernels of recurrent networks, which know no derivatives but the first backward one."""
 
     def __call__(self, run: Run, parameters: Values, directions: Sequence[Values]) -> Pushed:
+        """Outputs and their derivatives."""
         with _differentiable(self.plain):
             return self.push(run, parameters, directions)
 
@@ -145,6 +146,8 @@ def _differentiable(plain: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if plain:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="TF32 acceleration")  # said of settings that the flags below repeat
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             yield

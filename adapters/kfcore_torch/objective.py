@@ -62,7 +62,9 @@ class Objective:
         parts = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         if not all(isinstance(part, Tensor) for part in parts) or not any(part.is_floating_point() for part in parts):
             came = ", ".join(str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-            raise TypeError(f"`predict` must return a floating point tensor, or a tuple or list of tensors with one, got {came or 'nothing'}")
+            raise TypeError(
+                f"`predict` must return a floating point tensor, or a tuple or list of tensors with one, got {came or 'nothing'}"
+            )
         live = [k for k, part in enumerate(parts) if part.is_floating_point()]
 
         def rebuilt(found: Sequence[Tensor]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Optimizer(Shell, torch.optim.Optimizer):
         strict: bool = False,
     ) -> None:
         self._step = step = StepSize(momentum=momentum, nesterov=nesterov, decay=decay, clip=clip, graft=graft, quadratic=quadratic)
-        lr = step.learning_rate if lr is None else lr
+        lr = cast("float", step.learning_rate) if lr is None else lr
         self._engine: Engine | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -144,10 +144,11 @@ class Optimizer(Shell, torch.optim.Optimizer):
         terms
             Number of terms in the loss of this step, where the default count (see the class) is not right.
         predict, loss_fn
-            With ``quadratic``, the loss ``loss_fn(predict())`` whose gradients these are: ``predict`` runs the model on the batch and returns
-            its outputs, a tensor or a tuple or list of tensors, and ``loss_fn`` makes of outputs like these the scalar loss. It is unscaled,
-            and of this rank's part of the batch where ``all_reduce`` is given. Both are run several times, with the same random numbers,
-            and leave buffers, gradients, captures and generators as they are. The curvature is positive where ``loss_fn`` is convex.
+            With ``quadratic``, the loss ``loss_fn(predict())`` whose gradients these are: ``predict`` runs the model on the batch and
+            returns its outputs, a tensor or a tuple or list of tensors, and ``loss_fn`` makes of outputs like these the scalar loss. It is
+            unscaled, and of this rank's part of the batch where ``all_reduce`` is given. Both are run several times, with the same random
+            numbers, and leave buffers, gradients, captures and generators as they are. The curvature is positive where ``loss_fn`` is
+            convex.
 
         Raises
         ------
