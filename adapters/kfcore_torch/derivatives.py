@@ -7,12 +7,13 @@ without forward-mode derivatives raises, but one that hides its parameters from 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Pushed(NamedTuple):
 
 def forward(run: Run, parameters: Values, directions: Sequence[Values]) -> Pushed:
     """By one evaluation on dual numbers a direction."""
+    _prepare_forward_mode()
     outputs, along = [], []
     for direction in directions:
         with forward_ad.dual_level(), torch.no_grad():
@@ -102,6 +104,13 @@ class Derivatives:
             if not value.requires_grad:
                 raise ValueError("`loss_fn` of what `predict` returns does not depend on the parameters: `predict` must run the model")
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters.items(), gradients, strict=True)
+        missed = [name for (name, p), g in pairs if g is None and p.grad is not None and bool(p.grad.any())]
+        if missed:
+            raise RuntimeError(
+                f"`loss_fn(predict())` does not reach {', '.join(missed)}, where there is a gradient: it is of another loss, or a "
+                "checkpoint with use_reentrant=True hides it, through which no exact curvature products can be taken"
+            )
         norms = [torch.zeros_like(p.sum()) if g is None else g.norm() for p, g in zip(parameters.values(), gradients, strict=True)]
         units = {
             name: torch.zeros_like(p) if g is None else g / torch.where(norm > 0, norm, torch.ones_like(norm))
@@ -140,16 +149,23 @@ def _slope(pushed: Pushed, loss: Callable[[list[Tensor]], Tensor]) -> float:
 @contextmanager
 def _differentiable(plain: bool) -> Iterator[None]:
     """Only operations that have the derivatives taken here, where PyTorch has several for one thing."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    kinds: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn) if plain else ()
+    fast, enabled = torch.backends.mha.get_fastpath_enabled(), [kind.enabled for kind in kinds]
     try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if plain:
-                stack.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", message="TF32 acceleration")  # said of settings that the flags below repeat
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        for kind in kinds:
+            kind.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for kind, was in zip(kinds, enabled, strict=True):
+            kind.enabled = was
+
+
+@functools.cache
+def _prepare_forward_mode() -> None:
+    """PyTorch compiles its own rules at the first dual number, with a warning about how it does."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

@@ -277,16 +277,18 @@ class Engine:
         grads, statistics, terms = self._gather(terms)
         overrides = dict(overrides)
         overrides["damping"] = self._by_block(overrides["damping"])
-        objective = None
-        if lent is not None:
-            across = None if self.all_reduce is None else self._as_gradients
-            objective = Objective(*lent, self.layout, self._aside, self._derivatives, across)
+        objective = None if lent is None else self.objective(*lent)
         scale, values = self._scale(), self.layout.values()
         found, self.state = self.core.update(
             values, grads, self.state, statistics, terms=terms, loss_scale=scale, overrides=overrides, objective=objective
         )
         self.moved()
         return found
+
+    def objective(self, predict: Predict, loss_fn: LossFunction) -> Objective:
+        """The loss ``loss_fn(predict())``, that of all ranks."""
+        across = None if self.all_reduce is None else self._as_gradients
+        return Objective(predict, loss_fn, self.layout, self._aside, self._derivatives, across)
 
     def _gather(self, terms: float | Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any] | None, Any]:
         assert self.capture is not None
