@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from kfcore.damping import Damping, LevenbergMarquardt
 from kfcore.pinn.kronecker import Kronecker
 from kfcore.pinn.rules import LineSearch, Quadratic, Rule
 from kfcore.pinn.samples import ConjugateGradients, Direction, SampleSpace
@@ -32,14 +33,19 @@ def preset(method: str | Direction) -> tuple[Direction, Rule]:
     if method == "kfac":
         return Kronecker(), LineSearch(momentum=0.9)
     if method == "kfac*":
-        return Kronecker(), Quadratic()
+        return Kronecker(Damping(_adaptive(), "factored")), Quadratic()
     if method == "engd-w":
         return SampleSpace(), LineSearch()
     if method == "spring":
         return SampleSpace(momentum=0.9), LineSearch()
     if method == "hessian-free":
-        return ConjugateGradients(), Quadratic()
+        return ConjugateGradients(_adaptive(), preconditioner=Kronecker(Damping(_adaptive(), "factored"))), Quadratic()
     raise ValueError(f"`method` must be auto, {', '.join(METHODS)}, or a direction such as kfcore.pinn.Kronecker(), got {method!r}")
+
+
+def _adaptive() -> LevenbergMarquardt:
+    """From a damping that is safe at the beginning down to rounding errors."""
+    return LevenbergMarquardt(1.0, every=1, factor=0.7, floor=1e-15)
 
 
 def choose(
