@@ -1,8 +1,8 @@
 """Curvature for physics-informed networks: losses of residuals that contain derivatives of a network, without autodiff.
 
-What a loss is made of is in :mod:`kfcore.pinn.terms`, its Jacobian in :mod:`kfcore.pinn.linearised`, directions in :mod:`kfcore.pinn.kronecker`
-(Kronecker factors) and :mod:`kfcore.pinn.samples` (exact), step lengths in :mod:`kfcore.pinn.rules`, and all of it together in
-:mod:`kfcore.pinn.optimizer`.
+What a loss is made of is in :mod:`kfcore.pinn.terms`, its Jacobian in :mod:`kfcore.pinn.linearised`, directions in
+:mod:`kfcore.pinn.kronecker` (Kronecker factors) and :mod:`kfcore.pinn.samples` (exact), step lengths in :mod:`kfcore.pinn.rules`, and all
+of it together in :mod:`kfcore.pinn.optimizer`.
 """
 
 from kfcore.pinn.choice import METHODS, Choice, choose

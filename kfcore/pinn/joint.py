@@ -1,13 +1,13 @@
 """Inverses of sums of Kronecker products: of one by its eigenbases, of two by simultaneous diagonalisation, of more by merging them.
 
-A block with factors ``A [in, in]`` (inputs) and ``B [out, out]`` (output gradients) takes a gradient ``X [out, in]`` to ``B X A``. All functions take
-and give lists, one entry a layer, so that a library may factorise what is of equal size together; leading axes are allowed.
+A block with factors ``A [in, in]`` (inputs) and ``B [out, out]`` (output gradients) takes a gradient ``X [out, in]`` to ``B X A``. What is
+factorised is given and returned in lists, one entry a layer, so that a library may do equal sizes together; leading axes are allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from kfcore._array import Array, Namespace, choose, device, number, root, scalar
 from kfcore.linalg import eigh_all, sandwich, symmetrise, trace
@@ -165,8 +165,8 @@ def _least(xp: Namespace, damping: Array, scale: Array) -> Array:
     return xp.maximum(scalar(xp, damping, scale), top)
 
 
-def _times(value: Array | float, x: Array) -> Array:
-    return (value[..., None, None] if getattr(value, "ndim", 0) else value) * x  # pyright: ignore[reportIndexIssue]
+def _times(value: Any, x: Array) -> Array:
+    return (value[..., None, None] if getattr(value, "ndim", 0) else value) * x
 
 
 def _grams(xp: Namespace, matrices: Sequence[Array]) -> Array:

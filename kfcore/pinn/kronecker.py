@@ -1,8 +1,8 @@
 """Directions by Kronecker factors of every term and layer: KFAC for physics-informed networks.
 
 Of a term and a layer, ``A`` is the mean of ``z z^T`` over points and columns, ``B`` the mean over points of the sum over columns (and
-equations) of ``g g^T``, the weight of the term in it, with ``g`` gradients of residuals and not of the loss (Dangel, Mueller and Zeinhofer 2024).
-Terms add up, and so a layer's block is a sum of Kronecker products.
+equations) of ``g g^T``, the weight of the term in it, with ``g`` gradients of residuals and not of the loss (Dangel, Mueller and
+Zeinhofer 2024). Terms add up, and so a layer's block is a sum of Kronecker products.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Kronecker:
     Parameters
     ----------
     damping
-        ``lambda``, or a :class:`kfcore.Damping`: ``kind="plain"`` (``lambda`` added to every factor, which adds no more than about
-        ``lambda^2`` to the block: as the paper has it, and why its values are tiny), ``"factored"`` or ``"exact"`` (Tikhonov: ``lambda`` added to
-        the sum). A number is plain.
+        ``lambda``, or a :class:`kfcore.Damping`: ``kind="plain"`` (``lambda`` added to every factor, as the paper has it; where both
+        factors are singular no more than ``lambda^2`` is added to the block, which is why its values are tiny), ``"factored"``, or
+        ``"exact"`` (Tikhonov: ``lambda`` added to the sum). A number is plain.
     stats_decay
         In [0, 1].
     stats_every, refresh_every

@@ -1,8 +1,8 @@
 """A loss linearised at the parameters: residuals, and products with their Jacobian from what each layer saw.
 
 With ``rho`` all residuals of all terms, each times ``sqrt(weight / N)``, the loss is ``1/2 |rho|^2``, its gradient ``J^T rho`` and its
-Gauss-Newton matrix ``J^T J``. Of a term, ``J`` is known layer by layer as ``sum_s g_ns [z_ns, o_s]^T`` (:class:`kfcore.taylor.Columns`), and so
-are all products with it, without another pass through the network.
+Gauss-Newton matrix ``J^T J``. Of a term, ``J`` is known layer by layer as ``sum_s g_ns [z_ns, o_s]^T`` (:class:`kfcore.taylor.Columns`),
+and so are all products with it, without another pass through the network.
 
 Vectors in the space of the parameters are mappings from layers to matrices ``[out, in + 1]``, and from ``"unknowns"`` to ``[1, p]``.
 """
@@ -67,7 +67,7 @@ class Linearised:
         """Of the arrays."""
         return namespace(next(iter(self.pieces.values())).residuals)
 
-    @functools.cached_property
+    @property
     def residuals(self) -> Array:
         """``rho [R]``, term by term, in each equation by equation."""
         return self._joined([piece.residuals for piece in self.pieces.values()])
@@ -78,7 +78,8 @@ class Linearised:
 
     def pull(self, w: Array) -> dict[str, Array]:
         """``J^T w`` of ``w [R]``."""
-        xp, found = self.xp, list[dict[str, Array]]()
+        xp = self.xp
+        found: list[dict[str, Array]] = []
         for piece, part in self._parts(w):
             own = {}
             for name, (z, g) in piece.layers.items():
@@ -110,7 +111,7 @@ class Linearised:
             for k, other in enumerate(pieces[i:], start=i):
                 parts = [_products(xp, *(self._wide(p.layers[name]) for p in (one, other)), same=i == k) for name in one.layers]
                 if one.unknowns is not None and other.unknowns is not None:
-                    parts.append(_times(*(_last(xp, cast(xp, p, self.dtype)) for p in (one.unknowns, other.unknowns)), i == k))
+                    parts.append(_times(*(_last(xp, cast(xp, p, self.dtype)) for p in (one.unknowns, other.unknowns)), same=i == k))
                 blocks[i, k] = functools.reduce(operator.add, parts)
                 if i != k:
                     blocks[k, i] = blocks[i, k].mT
@@ -238,7 +239,10 @@ class Loss:
             coefficients=None if points.coefficients is None else {n: repeated(c) for n, c in points.coefficients.items()},
             directions=None if points.directions is None else repeated(points.directions),
         )
-        return [Jet(jet.value[i, ...], jet.first[i, ...], {n: x[i, ...] for n, x in jet.operators.items()}) for i in range(k)]
+        value, first = jet.value, jet.first
+        assert value is not None
+        assert first is not None
+        return [Jet(value[i, ...], first[i, ...], {n: x[i, ...] for n, x in jet.operators.items()}) for i in range(k)]
 
 
 def _stacked(p: Propagation, k: int) -> Propagation:
@@ -298,7 +302,7 @@ def _products(xp: Namespace, one: Side, other: Side, same: bool) -> Array:
     for start in range(0, out, step):
         sides = []
         for x, y in (one, other)[: 1 if same else 2]:
-            each = y[..., start : start + step].mT @ x
+            each = y[..., start : min(start + step, out)].mT @ x
             sides.append(xp.reshape(each, (math.prod(each.shape[:2]), math.prod(each.shape[2:]))))
         part = _times(sides[0], sides[-1], same)
         total = part if total is None else total + part

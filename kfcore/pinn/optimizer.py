@@ -1,4 +1,4 @@
-"""The optimizer of a physics-informed network on plain arrays: terms, a direction, a rule for the step, and pure functions between states."""
+"""The optimizer of physics-informed networks on plain arrays: terms, a direction, a rule for the step, pure functions between states."""
 
 from __future__ import annotations
 
@@ -74,10 +74,11 @@ class Optimizer:
     terms
         By name.
     method
-        ``"kfac"`` (Kronecker factors, line search, momentum), ``"kfac*"`` (rate and momentum from the exact quadratic model), ``"engd-w"`` (exact
-        Gauss-Newton in the space of the residuals, line search), ``"spring"`` (the same with its momentum), ``"hessian-free"`` (conjugate
-        gradients on the exact matrix preconditioned by Kronecker factors), ``"auto"`` (see :func:`kfcore.pinn.choose`; it needs ``sizes``);
-        or a direction: :class:`Kronecker`, :class:`SampleSpace`, :class:`ConjugateGradients`.
+        ``"kfac"`` (Kronecker factors, line search, momentum), ``"kfac*"`` (rate and momentum from the exact quadratic model),
+        ``"engd-w"`` (exact Gauss-Newton in the space of the residuals, line search), ``"spring"`` (the same with its momentum),
+        ``"hessian-free"`` (conjugate gradients on the exact matrix preconditioned by Kronecker factors), ``"auto"`` (see
+        :func:`kfcore.pinn.choose`; it needs ``sizes``); or a direction: :class:`Kronecker`, :class:`SampleSpace`,
+        :class:`ConjugateGradients`.
     step_rule
         :class:`LineSearch`, :class:`Quadratic` or :class:`Fixed`, instead of the method's own.
     damping
@@ -95,7 +96,8 @@ class Optimizer:
     >>> import numpy as np
     >>> from kfcore import pinn, taylor
     >>> network = taylor.Sequential.mlp((2, 8, 1))
-    >>> inside = pinn.Term(pinn.LinearOperator({"laplacian": -1.0}, 1.0), taylor.Derivatives(2, operators={"laplacian": taylor.laplacian(2)}))
+    >>> laplace = taylor.Derivatives(2, operators={"laplacian": taylor.laplacian(2)})
+    >>> inside = pinn.Term(pinn.LinearOperator({"laplacian": -1.0}, 1.0), laplace)
     >>> border = pinn.Term(pinn.LinearOperator({"value": 1.0}), taylor.Derivatives(2, ()))
     >>> optimizer = pinn.Optimizer(network, {"inside": inside, "border": border}, "kfac*")
     >>> rng = np.random.default_rng(0)
@@ -257,8 +259,8 @@ class Optimizer:
             count_failure(xp, state.rejected, truth(xp, stands | ~fine)),
         )
         zero = xp.zeros_like(move.rate)
-        rates = (select(xp, kept, x, zero) for x in (move.rate, move.momentum))
-        return moved, new, Info(loss, losses, *rates, damping, ratio, fine & stands)
+        rate, momentum = (select(xp, kept, x, zero) for x in (move.rate, move.momentum))
+        return moved, new, Info(loss, losses, rate, momentum, damping, ratio, fine & stands)
 
     def values(self, params: Params, points: Mapping[str, Points], updates: Sequence[Vector], dtype: Any) -> list[dict[str, Array]]:
         """The loss by term at the parameters plus each of ``updates``."""

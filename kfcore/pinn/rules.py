@@ -80,7 +80,9 @@ class LineSearch:
         for name in ("radius", "smallest", "largest", "together"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or (name in ("radius", "together") and value < 1):
-                raise ValueError(f"`{name}` of LineSearch must be a {'positive ' if name in ('radius', 'together') else ''}int, got {value!r}")
+                raise ValueError(
+                    f"`{name}` of LineSearch must be a {'positive ' if name in ('radius', 'together') else ''}int, got {value!r}"
+                )
         if self.smallest > self.largest:
             raise ValueError(f"`smallest` must not be above `largest`, got {self.smallest!r} and {self.largest!r}")
         _check_momentum("LineSearch", self.momentum)
@@ -219,6 +221,6 @@ def combined(move: Move, direction: Vector, last: Vector | None) -> Mapping[str,
     return {n: move.rate * d + move.momentum * last[n] for n, d in direction.items()}
 
 
-def _check_momentum(kind: str, value: object) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
+def _check_momentum(kind: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < 1:
         raise ValueError(f"`momentum` of {kind} must lie in [0, 1), got {value!r}")

@@ -79,7 +79,7 @@ class Nonlinear:
     cotangents
         ``(points, jet, unknowns)`` -> a :class:`kfcore.taylor.Jet` with the derivatives of each residual by the jet at its point, arrays of
         the jet's shapes (``M`` in front for ``[N, M]``), ``None`` for zeros; where it depends on unknowns a pair of that and of
-        the derivatives by them, ``{name: [N, *shape]}`` (``M`` in front likewise). :func:`check_cotangents` tries them.
+        the derivatives by them, ``{name: [N, *shape]}`` (``M`` in front likewise). :func:`kfcore.testing.check_cotangents` tries them.
     used
         What of the jet it depends on, if not on all that has cotangents.
     """
@@ -153,9 +153,8 @@ class LinearOperator:
 
     def pulled(self, points: Points, jet: Jet, unknowns: Unknowns) -> Pulled:
         """As the protocol says."""
-        xp = namespace(jet.value)
+        xp, n = namespace(jet.value), _values(jet).shape[0]
         pieces: dict[str, dict[tuple[int, ...], Array]] = {}
-        n = jet.value.shape[0]
         for label, c in self._matrices(xp, points, jet).items():
             name, place = _parsed(label)
             c = xp.permute_dims(c, (1, 0, 2))
@@ -172,24 +171,23 @@ class LinearOperator:
         """The source, ``[N, M]`` or a number."""
         if not callable(self.source):
             return float(self.source)
-        found = cast(xp, self.source(points), jet.value.dtype)
-        n = jet.value.shape[0]
+        found, n = cast(xp, self.source(points), _values(jet).dtype), _values(jet).shape[0]
         if tuple(found.shape[:1]) != (n,) or found.ndim not in (1, 2):
             raise ValueError(f"`source` must give shape [{n}] or [{n}, M], got {tuple(found.shape)}")
         return found[:, None] if found.ndim == 1 else found
 
     def _matrices(self, xp: Namespace, points: Points, jet: Jet) -> dict[str, Array]:
         """Coefficients ``[N or 1, M, out]``, all with the same M."""
-        n, out = jet.value.shape
-        like, found = jet.value, {}
+        like, found = _values(jet), {}
+        n, out = like.shape
         for label, c in self.coefficients.items():
             c = c(points) if callable(c) else xp.asarray(c, dtype=like.dtype, device=device(like))
             c = cast(xp, c, like.dtype)
-            if c.ndim == 0 or tuple(c.shape) == (n,) and callable(self.coefficients[label]):
+            if c.ndim == 0 or (tuple(c.shape) == (n,) and callable(self.coefficients[label])):
                 eye = xp.eye(out, dtype=like.dtype, device=device(like))
-                c = c[..., None, None] * eye[None]
+                c = c[..., None, None] * eye[None, ...]
             elif c.ndim == 2:
-                c = c[None]
+                c = c[None, ...]
             if c.ndim != 3 or c.shape[0] not in (1, n) or c.shape[2] != out:
                 raise ValueError(
                     f"`coefficients` of {label!r} must be a number, [M][{out}] numbers, or a function that gives [{n}] or [{n}, M, {out}], "
@@ -244,7 +242,7 @@ def pulled(xp: Namespace, name: str, term: Term, points: Points, jet: Jet, unkno
 
     def lead(x: Array | None, like: Array, what: str) -> Array | None:
         # cotangents of one equation may come without its axis
-        x = x if x is None or x.ndim == like.ndim + 1 or m > 1 else x[None]
+        x = x if x is None or x.ndim == like.ndim + 1 or m > 1 else x[None, ...]
         if x is not None and tuple(x.shape) != (m, *like.shape):
             raise ValueError(f"`cotangents` of {what!r} of term {name!r} must have shape {(m, *like.shape)}, got {tuple(x.shape)}")
         return x
@@ -260,7 +258,7 @@ def pulled(xp: Namespace, name: str, term: Term, points: Points, jet: Jet, unkno
         if key not in unknowns:
             raise ValueError(f"derivatives by unknowns of term {name!r} must be of {', '.join(sorted(unknowns)) or 'none'}, got {key!r}")
         shape = tuple(unknowns[key].shape)
-        d = d[None] if d.ndim == 1 + len(shape) and m == 1 else d
+        d = d[None, ...] if d.ndim == 1 + len(shape) and m == 1 else d
         if tuple(d.shape) != (m, n, *shape):
             raise ValueError(f"derivatives of term {name!r} by {key!r} must have shape {(m, n, *shape)}, got {tuple(d.shape)}")
         others[key] = d
@@ -269,12 +267,18 @@ def pulled(xp: Namespace, name: str, term: Term, points: Points, jet: Jet, unkno
 
 def _turned(name: str, value: Array, jet: Jet) -> Array:
     """Residuals as ``[M, N]``."""
-    n = jet.value.shape[0]
-    xp = namespace(jet.value, value)
+    like = _values(jet)
+    xp, n = namespace(like, value), like.shape[0]
     if value.ndim not in (1, 2) or value.shape[0] != n or 0 in value.shape:
         raise ValueError(f"residuals of term {name!r} must have shape [{n}] or [{n}, M], got {tuple(value.shape)}")
-    value = cast(xp, value, jet.value.dtype)
-    return value[None] if value.ndim == 1 else value.mT
+    value = cast(xp, value, like.dtype)
+    return value[None, ...] if value.ndim == 1 else value.mT
+
+
+def _values(jet: Jet) -> Array:
+    """``u [N, out]``, which every jet of a network has."""
+    assert jet.value is not None
+    return jet.value
 
 
 def _parsed(label: str) -> tuple[str, tuple[int, ...]]:
@@ -294,7 +298,7 @@ def _column(jet: Jet, label: str) -> Array:
     part = _part(jet, name)
     if part.ndim - 2 != len(place):
         raise ValueError(f"`coefficients` must name single columns, such as '{name}[0]', got {label!r}")
-    return part[(slice(None), *place)]
+    return part[(slice(None), *place, ...)]
 
 
 def _placed(xp: Namespace, found: Mapping[tuple[int, ...], Array], like: Array) -> Array:

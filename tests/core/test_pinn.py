@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kfcore import pinn, taylor
+from kfcore import testing as kt
 from kfcore._array import namespace
 from kfcore.pinn import joint
 from kfcore.pinn.kronecker import factors, groups
@@ -49,7 +50,9 @@ def system():
 
     def residual(points, jet, unknowns):
         u, v, q = jet.value[:, 0], jet.value[:, 1], jet.operators["laplacian"]
-        return np.stack([q[:, 0] + u * v, jet.first[:, 0, 1] * unknowns["a"] - u, v * unknowns["b"][1] + q[:, 1] * unknowns["b"][0]], axis=1)
+        return np.stack(
+            [q[:, 0] + u * v, jet.first[:, 0, 1] * unknowns["a"] - u, v * unknowns["b"][1] + q[:, 1] * unknowns["b"][0]], axis=1
+        )
 
     def cotangents(points, jet, unknowns):
         u, v, zero = jet.value[:, 0], jet.value[:, 1], np.zeros(len(points.x))
@@ -161,6 +164,28 @@ def test_columns_are_multiplied_where_that_costs_less():
     each = [np.einsum("mnso,nsi->mnoi", s.grads, s.rows).reshape(-1, 600) for s in (one, other)]
     close(pinn.linearised._products(XP, one, other, False), each[0] @ each[1].T)
     close(pinn.linearised._products(XP, one, one, True), each[0] @ each[0].T)
+
+
+def test_cotangents_can_be_checked():
+    rng = np.random.default_rng(2)
+    good, points = burgers()["equation"], pinn.Points(rng.uniform(size=(4, 2)))
+    kt.check_cotangents(good.residual, good.derivatives, points, unknowns={"nu": np.asarray(0.3)})
+    every = system()["equations"]
+    unknowns = {"a": np.asarray(0.3), "b": np.array([1.0, -0.5])}
+    kt.check_cotangents(every.residual, every.derivatives, points, 2, unknowns)
+
+    def wrong(points, jet, unknowns):
+        jet_part, others = good.residual.cotangents(points, jet, unknowns)
+        return jet_part, {name: 1.01 * x for name, x in others.items()}
+
+    def wrong_first(points, jet, unknowns):
+        jet_part, others = good.residual.cotangents(points, jet, unknowns)
+        return jet_part._replace(first=1.01 * jet_part.first), others
+
+    for cotangents, name in ((wrong, "'nu'"), (wrong_first, "'first'")):
+        residual = pinn.Nonlinear(good.residual.function, cotangents)
+        with pytest.raises(AssertionError, match=name):
+            kt.check_cotangents(residual, good.derivatives, points, unknowns={"nu": np.asarray(0.3)})
 
 
 # -- factors -----------------------------------------------------------------------------------------------------------
@@ -309,7 +334,9 @@ def test_products_are_merged_into_the_nearest_one():
     assert np.linalg.norm(kron(b, a) - whole) < 0.4 * np.linalg.norm(whole)
 
 
-@pytest.mark.parametrize(("orders", "expected"), [([2], [[0]]), ([2, 0], [[0], [1]]), ([0, 2, 1, 2], [[1, 3], [0, 2]]), ([0, 0, 0], [[0], [1, 2]])])
+@pytest.mark.parametrize(
+    ("orders", "expected"), [([2], [[0]]), ([2, 0], [[0], [1]]), ([0, 2, 1, 2], [[1, 3], [0, 2]]), ([0, 0, 0], [[0], [1, 2]])]
+)
 def test_which_terms_are_merged(orders, expected):
     assert groups(orders) == expected
 
@@ -326,7 +353,7 @@ def test_both_sides_of_the_exact_solve_are_the_same(kind):
         made = pinn.Optimizer(
             optimizer.network, optimizer.terms, pinn.SampleSpace(lam, side=side), step_rule=pinn.Fixed(), unknowns=optimizer.unknowns
         )
-        moved, state, info = made.step(params, made.init(params), batches)
+        moved, _, info = made.step(params, made.init(params), batches)
         assert bool(info.accepted)
         change = made.moved(params, lin.unflat(desired, {n: np.zeros(s) for n, s in made.shapes.items()}))
         for name, roles in change.items():
@@ -351,7 +378,7 @@ def test_spring_carries_its_momentum():
 
 
 def test_kfac_star_takes_the_minimum_of_the_exact_model():
-    rng, optimizer, params, batches, _ = setting("poisson")
+    _, optimizer, params, batches, _ = setting("poisson")
     lam = 1e-2
     made = pinn.Optimizer(optimizer.network, optimizer.terms, "kfac*", damping=lam)
     state = made.init(params)
@@ -360,7 +387,9 @@ def test_kfac_star_takes_the_minimum_of_the_exact_model():
     lin = made.loss.linearised(params, made._points(batches), np.float64)
     last = np.concatenate([x.ravel() for x in state.last])
     moved, _, info = made.step(params, state, batches)
-    change = np.concatenate([x.ravel() for n in params for x in [np.c_[moved[n]["weight"], moved[n]["bias"]] - np.c_[params[n]["weight"], params[n]["bias"]]]])
+    change = np.concatenate(
+        [x.ravel() for n in params for x in [np.c_[moved[n]["weight"], moved[n]["bias"]] - np.c_[params[n]["weight"], params[n]["bias"]]]]
+    )
     direction = (change - float(info.momentum) * last) / float(info.rate)
     j = lin.jacobian()
     slope = j.T @ lin.residuals + j.T @ (j @ change) + lam * change
@@ -399,6 +428,8 @@ def test_conjugate_gradients_arrive_at_the_exact_direction():
         direction = pinn.ConjugateGradients(lam, iterations=n, preconditioner=pinn.Kronecker(1e-1))
         made = pinn.Optimizer(optimizer.network, optimizer.terms, direction, step_rule=pinn.Fixed())
         moved, _, _ = made.step(params, made.init(params), batches)
-        flat = np.concatenate([(np.c_[moved[k]["weight"], moved[k]["bias"]] - np.c_[params[k]["weight"], params[k]["bias"]]).ravel() for k in params])
+        flat = np.concatenate(
+            [(np.c_[moved[k]["weight"], moved[k]["bias"]] - np.c_[params[k]["weight"], params[k]["bias"]]).ravel() for k in params]
+        )
         errors.append(np.linalg.norm(flat - desired) / np.linalg.norm(desired))
     assert errors[1] < 1e-7 < 1e-2 < errors[0]
