@@ -150,7 +150,7 @@ def _dampings(xp: Namespace, a: Array, b: Array, damping: Array, kind: Kind, ter
     return pi * strong, strong / pi
 
 
-def _floored(xp: Namespace, values: Array, damping: Array | float) -> Array:
+def _floored(xp: Namespace, values: Array, damping: Any) -> Array:
     """Eigenvalues ``[..., n]`` plus damping ``[...]``, not below their rounding errors."""
     shifted = values + (damping[..., None] if getattr(damping, "ndim", 0) else damping)
     info = xp.finfo(values.dtype)
