@@ -22,11 +22,12 @@ from kfcore.report import Report
 from kfcore.quadratic import Control, Objective, QuadraticModel
 from kfcore.stepsize import StepSize, StepState
 
-# derivatives of networks, by a module of their own
+# derivatives of networks, and losses made of them, by modules of their own
 from kfcore import taylor as taylor
+from kfcore import pinn as pinn
 
 # saving
-from kfcore.checkpoint import CheckpointError, load, save
+from kfcore.checkpoint import CheckpointError, load, load_state, save, save_state
 
 # array libraries: hooks by which one does better than the portable reference
 from kfcore._array import primitives, register_cond, register_kernel, to_numpy
@@ -77,10 +78,12 @@ __all__ = [
     "blocks_of",
     "fisher_vectors",
     "load",
+    "load_state",
     "measures",
     "primitives",
     "register_cond",
     "register_kernel",
     "save",
+    "save_state",
     "to_numpy",
 ]

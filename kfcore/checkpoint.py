@@ -126,23 +126,37 @@ def from_arrays(
         here, there = [block.method.name, *block.layer.shape], [found[name]["method"], *found[name]["shape"]]
         if here != there:
             raise CheckpointError(f"block {name!r} is {here[0]} {tuple(here[1:])} here but {there[0]} {tuple(there[1:])} in the checkpoint")
-    targets = named(optimizer, like)
-    _same_names("arrays", targets, arrays)
-    loaded = {}
-    for name, target in targets.items():
-        value = arrays[name]
-        if tuple(value.shape) != tuple(target.shape):
-            raise CheckpointError(f"array {name!r} must have shape {tuple(target.shape)}, got {tuple(value.shape)}")
-        kind = to_numpy(target).dtype
-        if value.dtype.kind != kind.kind:
-            raise CheckpointError(f"array {name!r} must have a dtype like {kind}, got {value.dtype}")
-        loaded[name] = from_numpy(value.astype(kind), target)
+    loaded = _fitted(named(optimizer, like), arrays)
     blocks = {name: _rebuild(block, f"curvature/{name}", loaded) for name, block in like.curvature.blocks.items()}
     momentum = _layouts(optimizer, {n: loaded[f"momentum/{n}"] for n in like.step.momentum}, back=True)
     counters = [from_numpy(numpy.asarray(header[k], dtype=numpy.int32), like.curvature.steps) for k in COUNTERS]
     curvature = PreconditionerState(counters[0], counters[1], counters[2], blocks)
     control = _rebuild(like.step.control, "control", loaded)
     return OptimizerState(curvature, StepState(momentum, loaded["skipped"], control))
+
+
+def save_state(path: str | os.PathLike[str], state: Any, kind: str) -> None:
+    """Write any nest of tuples of arrays, such as a :class:`kfcore.pinn.State`, as :func:`save` does; ``kind`` is what it is one of."""
+    arrays: dict[str, Array] = {}
+    _collect(state, "state", arrays)
+    write(path, {name: to_numpy(x) for name, x in arrays.items()}, {"format": FORMAT, "version": __version__, "kind": kind})
+
+
+def load_state(path: str | os.PathLike[str], like: Any, kind: str) -> Any:
+    """What :func:`save_state` wrote, as arrays of the library, device and dtypes of ``like``, a nest of the same form.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, not a checkpoint of this library, of another kind or of another form.
+    """
+    arrays, header = read(path)
+    if not isinstance(header, Mapping) or header.get("format") != FORMAT or header.get("kind") != kind:
+        came = header.get("kind") if isinstance(header, Mapping) else header
+        raise CheckpointError(f"`path` must be a checkpoint of kind {kind!r} in format {FORMAT}, got {came!r}")
+    targets: dict[str, Array] = {}
+    _collect(like, "state", targets)
+    return _rebuild(like, "state", _fitted(targets, arrays))
 
 
 def translated(name: str, names: Mapping[str, str]) -> str:
@@ -188,6 +202,21 @@ def _layouts(optimizer: ModelOptimizer, params: Mapping[str, Array], *, back: bo
         if weight in turned:
             turned[weight] = layer.from_oi(turned[weight]) if back else layer.to_oi(turned[weight])
     return turned
+
+
+def _fitted(targets: Mapping[str, Array], arrays: Mapping[str, numpy.ndarray]) -> dict[str, Array]:
+    """``arrays`` beside ``targets`` of the same names, shapes and kinds."""
+    _same_names("arrays", targets, arrays)
+    loaded = {}
+    for name, target in targets.items():
+        value = arrays[name]
+        if tuple(value.shape) != tuple(target.shape):
+            raise CheckpointError(f"array {name!r} must have shape {tuple(target.shape)}, got {tuple(value.shape)}")
+        kind = to_numpy(target).dtype
+        if value.dtype.kind != kind.kind:
+            raise CheckpointError(f"array {name!r} must have a dtype like {kind}, got {value.dtype}")
+        loaded[name] = from_numpy(value.astype(kind), target)
+    return loaded
 
 
 def _collect(tree: Any, path: str, named: dict[str, Array]) -> None:

@@ -11,7 +11,7 @@ from kfcore.curvature.base import count_failure
 from kfcore.damping import LevenbergMarquardt
 from kfcore.model import Model as Layers
 from kfcore.preconditioner import Preconditioner, PreconditionerState, Values
-from kfcore.quadratic import Control, Model, Objective, inner, minimum
+from kfcore.quadratic import Control, Model, Objective, inner, judged, minimum
 from kfcore.statistics import GradientRows
 from kfcore.stepsize import StepSize, StepState, all_finite, nonzero, plain
 
@@ -228,12 +228,7 @@ class ModelledStep:
     def _judged(self, xp: Namespace, loss: AroundParameters, moved: Arrays, promised: Array) -> tuple[Array, Array]:
         """The ratio of the loss's change to the one ``promised``, and whether the step may stand."""
         rise, before = loss.rise(moved, promised)
-        # what the loss cannot show in its dtype is no reason to change anything
-        noise = 10.0 * float(xp.finfo(promised.dtype).eps) * xp.abs(before)
-        shown = ~((xp.abs(promised) <= noise) & (xp.abs(rise) <= noise))
-        level = 1.0 if self.rule is None else 0.5 * (self.rule.low + self.rule.high)
-        ratio = rise / xp.where(promised != 0, promised, xp.ones_like(promised))
-        return xp.where(shown, ratio, xp.full_like(ratio, level)), ~shown | (rise <= 0)
+        return judged(xp, rise, before, promised, self.rule)
 
 
 def _one(value: Any) -> Any:

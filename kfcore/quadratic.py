@@ -131,6 +131,18 @@ def minimum(xp: Namespace, model: Model, first: float | Array | None, second: fl
     return xp.stack([w, v])
 
 
+def judged(xp: Namespace, rise: Array, before: Array, promised: Array, rule: LevenbergMarquardt | None) -> tuple[Array, Array]:
+    """The ratio of the loss's change to the one ``promised`` by the model, and whether the step may stand; all 0-d.
+
+    What the loss, ``before`` the step, cannot show in its dtype is no reason to change anything.
+    """
+    noise = 10.0 * float(xp.finfo(promised.dtype).eps) * xp.abs(before)
+    shown = ~((xp.abs(promised) <= noise) & (xp.abs(rise) <= noise))
+    level = 1.0 if rule is None else 0.5 * (rule.low + rule.high)
+    ratio = rise / xp.where(promised != 0, promised, xp.ones_like(promised))
+    return xp.where(shown, ratio, xp.full_like(ratio, level)), ~shown | (rise <= 0)
+
+
 def inner(
     xp: Namespace, vectors: Sequence[Mapping[str, Array]], others: Sequence[Mapping[str, Array]], weights: Mapping[str, Any]
 ) -> Array:

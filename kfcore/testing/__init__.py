@@ -14,6 +14,7 @@ Examples
 from kfcore.testing.backend import Backend, array_api_backend, assert_close, numpy_backend, read_only_numpy_backend
 from kfcore.testing.conformance import Conformance, run, tests
 from kfcore.testing.names import names_missing, names_used
+from kfcore.testing.pinn import check_cotangents
 from kfcore.testing.taylor import check_activation
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "array_api_backend",
     "assert_close",
     "check_activation",
+    "check_cotangents",
     "names_missing",
     "names_used",
     "numpy_backend",

@@ -10,12 +10,13 @@ from kfcore.testing.eigenbases import EigenbasisTests
 from kfcore.testing.losses import LossTests
 from kfcore.testing.means import MeanTests
 from kfcore.testing.optimizers import OptimizerTests
+from kfcore.testing.pinn import PinnTests
 from kfcore.testing.primitives import PrimitiveTests
 from kfcore.testing.taylor import TaylorTests
 from kfcore.testing.verbs import MethodTests
 
 
-class Conformance(PrimitiveTests, MethodTests, MeanTests, EigenbasisTests, LossTests, OptimizerTests, TaylorTests):
+class Conformance(PrimitiveTests, MethodTests, MeanTests, EigenbasisTests, LossTests, OptimizerTests, TaylorTests, PinnTests):
     """Everything the library promises of a backend, each test compared with plain NumPy in float64.
 
     Subclass it in a test module and give the class (or, in a fixture, the instance) a ``backend``; pytest and unittest collect the
