@@ -37,7 +37,7 @@ EPOCHS, TUNED = (84, 12), (20, 5)
 """Epochs of a run, and of one of the grid: without and with curvature, for about as many seconds."""
 CURVATURE = {"clip": (1e-4, 1e-3, 1e-2), "damping": (1e-4, 1e-3, 1e-2)}
 """The rate is that of the race, 0.3 for KFAC and EKFAC alike: while the clip holds it does not matter."""
-SHOWN = ("sgd", "adam", "kfac-50", "ekfac-50", "ra-50")
+SHOWN = ("sgd", "adam", "kfac-50", "exact-50", "ekfac-50", "ra-50")
 """In the picture, with the colours of the race's."""
 
 
